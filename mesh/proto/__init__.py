@@ -1,0 +1,1 @@
+"""Our trimmed protobuf schemas and the code protoc made of them; nothing else lives here."""

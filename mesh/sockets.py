@@ -1,0 +1,222 @@
+"""Sockets for transparent capture: listeners inside a pod, marked and source-spoofing
+outgoing sockets, and the original destination of a redirected connection.
+
+Every function takes the network namespace as a descriptor; None means the caller's own.
+All sockets come back non-blocking. Marks and ports are Istio's, so that either side's
+node agent can be exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mesh import netns
+from mesh.errors import KernelError, Unavailable
+
+SO_MARK = 36
+SOL_IP = 0
+SOL_IPV6 = 41
+IP_TRANSPARENT = 19
+IPV6_TRANSPARENT = 75
+SO_ORIGINAL_DST = 80
+
+PROXY_MARK = 0x539
+OUTBOUND_PORT = 15001
+INBOUND_PLAINTEXT_PORT = 15006
+HBONE_PORT = 15008
+DNS_PORT = 15053
+PRIVATE_PORTS = frozenset({OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT})
+
+LISTEN_BACKLOG = 1024
+KEEPALIVE_SECONDS = 180
+KEEPALIVE_PROBES = 9
+
+LINGER_RESET = struct.pack("ii", 1, 0)
+LINGER_OFF = struct.pack("ii", 0, 0)
+
+
+class SocketAddress(NamedTuple):
+    """An IP address in canonical text (IPv4-mapped becomes IPv4) and a port."""
+
+    ip: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
+
+
+def canonical_ip(ip: str) -> str:
+    """Canonical text of an address: `::ffff:10.0.0.1` is `10.0.0.1`, scope ids are cut."""
+    if ip.startswith("::ffff:") and "." in ip:
+        return ip[7:]
+    return ip.partition("%")[0]
+
+
+def from_sockaddr(address: tuple[str, int] | tuple[str, int, int, int]) -> SocketAddress:
+    """The first two parts of what `getpeername()` gives, canonical."""
+    return SocketAddress(canonical_ip(address[0]), address[1])
+
+
+@contextlib.contextmanager
+def _kernel(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise KernelError(
+            f"{what}: {exc.strerror or exc}", errno=exc.errno or 0, command=what
+        ) from exc
+
+
+def _family(ip: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+
+def open_socket(
+    family: int, kind: int = socket.SOCK_STREAM, *, namespace: int | None = None
+) -> socket.socket:
+    """A non-blocking socket born in `namespace`. Raises KernelError."""
+    with _kernel("socket"):
+        if namespace is None:
+            return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+        with netns.inside(namespace):
+            return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+
+
+def open_listener(
+    port: int,
+    *,
+    namespace: int | None = None,
+    host: str = "::",
+    mark: int = 0,
+    backlog: int = LISTEN_BACKLOG,
+) -> socket.socket:
+    """A TCP listener; host `::` serves IPv4 and IPv6 together, and falls back to
+    `0.0.0.0` where the kernel has no IPv6. Raises KernelError naming address and port.
+    """
+    try:
+        listener = open_socket(_family(host), namespace=namespace)
+    except KernelError as exc:
+        if host != "::" or exc.errno != errno.EAFNOSUPPORT:
+            raise
+        return open_listener(port, namespace=namespace, host="0.0.0.0", mark=mark, backlog=backlog)  # noqa: S104
+    try:
+        with _kernel(f"listen on {SocketAddress(host, port)}"):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if mark:
+                listener.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+            if listener.family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            listener.bind((host, port))
+            listener.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def open_udp(
+    host: str, port: int, *, namespace: int | None = None, mark: int = 0
+) -> socket.socket:
+    """A bound UDP socket. Raises KernelError."""
+    bound = open_socket(_family(host), socket.SOCK_DGRAM, namespace=namespace)
+    try:
+        with _kernel(f"bind udp {SocketAddress(host, port)}"):
+            if mark:
+                bound.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+            bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+def open_outgoing(
+    destination: str,
+    *,
+    namespace: int | None = None,
+    mark: int = PROXY_MARK,
+    source: str | None = None,
+) -> socket.socket:
+    """A TCP socket ready to connect to `destination` (an IP), marked as the proxy's own.
+
+    With `source` the socket is bound to that foreign address (IP_TRANSPARENT), so the
+    callee sees it as the peer. Raises KernelError.
+    """
+    outgoing = open_socket(_family(destination), namespace=namespace)
+    try:
+        with _kernel(f"outgoing socket to {destination}"):
+            outgoing.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            set_keepalive(outgoing)
+            if mark:
+                outgoing.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+            if source is not None:
+                if outgoing.family == socket.AF_INET6:
+                    outgoing.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
+                else:
+                    outgoing.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
+                # A plain bind, not IP_BIND_ADDRESS_NO_PORT: bind picks odd ports, connect even
+                # ones, so this cannot take the port of the client's own live connection.
+                outgoing.bind((source, 0))
+    except BaseException:
+        outgoing.close()
+        raise
+    return outgoing
+
+
+def set_keepalive(sock: socket.socket) -> None:
+    """Detect dead peers: idle 180 s, every 180 s, nine probes."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def original_destination(sock: socket.socket) -> SocketAddress:
+    """Where the application dialled before nftables redirected it.
+
+    Falls back to the local address when nothing was redirected; the caller refuses its
+    own private ports. Raises Unavailable when the socket is already gone.
+    """
+    try:
+        local = sock.getsockname()
+        is_v4 = sock.family == socket.AF_INET or local[0].startswith("::ffff:")
+        try:
+            if is_v4:
+                raw = sock.getsockopt(SOL_IP, SO_ORIGINAL_DST, 16)
+                port, packed = struct.unpack_from("!2xH4s", raw)
+                return SocketAddress(socket.inet_ntop(socket.AF_INET, packed), port)
+            raw = sock.getsockopt(SOL_IPV6, SO_ORIGINAL_DST, 28)
+            port, packed = struct.unpack_from("!2xH4x16s", raw)
+            return SocketAddress(
+                canonical_ip(socket.inet_ntop(socket.AF_INET6, packed)), port
+            )
+        except OSError as exc:
+            if exc.errno not in {errno.ENOENT, errno.ENOPROTOOPT}:
+                raise
+            return from_sockaddr(local)
+    except OSError as exc:
+        raise Unavailable(f"connection is gone: {exc.strerror}") from exc
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether an address stays on this machine."""
+    return ipaddress.ip_address(ip).is_loopback
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Make close() send RST: what a peer must see when a stream was cut, not ended."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+
+
+def end_on_close(sock: socket.socket) -> None:
+    """Make close() an orderly end again."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_OFF)

@@ -1,0 +1,1 @@
+"""The node agent: captures pods and hands them to the tunnel."""
