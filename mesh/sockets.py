@@ -104,7 +104,7 @@ def open_listener(
     except KernelError as exc:
         if host != "::" or exc.errno != errno.EAFNOSUPPORT:
             raise
-        return open_listener(port, namespace=namespace, host="0.0.0.0", mark=mark, backlog=backlog)  # noqa: S104
+        return open_listener(port, namespace=namespace, host="0.0.0.0", mark=mark, backlog=backlog)
     try:
         with _kernel(f"listen on {SocketAddress(host, port)}"):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,9 +121,7 @@ def open_listener(
     return listener
 
 
-def open_udp(
-    host: str, port: int, *, namespace: int | None = None, mark: int = 0
-) -> socket.socket:
+def open_udp(host: str, port: int, *, namespace: int | None = None, mark: int = 0) -> socket.socket:
     """A bound UDP socket. Raises KernelError."""
     bound = open_socket(_family(host), socket.SOCK_DGRAM, namespace=namespace)
     try:
@@ -194,9 +192,7 @@ def original_destination(sock: socket.socket) -> SocketAddress:
                 return SocketAddress(socket.inet_ntop(socket.AF_INET, packed), port)
             raw = sock.getsockopt(SOL_IPV6, SO_ORIGINAL_DST, 28)
             port, packed = struct.unpack_from("!2xH4x16s", raw)
-            return SocketAddress(
-                canonical_ip(socket.inet_ntop(socket.AF_INET6, packed)), port
-            )
+            return SocketAddress(canonical_ip(socket.inet_ntop(socket.AF_INET6, packed)), port)
         except OSError as exc:
             if exc.errno not in {errno.ENOENT, errno.ENOPROTOOPT}:
                 raise

@@ -1,0 +1,1 @@
+"""The `ambit` command (and `kubectl ambit`): verbs over labs and clusters."""

@@ -1,0 +1,64 @@
+"""The `ambit` command: its groups, and the lazy loading that keeps `ambit -h` quick.
+
+`kubectl ambit` is the same program under the name kubectl looks for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+
+import click
+
+from mesh.cli.output import emit, output_option
+
+_VERBS = {
+    "lab": ("mesh.cli.lab", "lab", "Run the whole mesh on this machine."),
+    "enroll": ("mesh.cli.enroll", "enroll", "Take a namespace into the mesh."),
+    "unenroll": ("mesh.cli.enroll", "unenroll", "Take a namespace out of the mesh."),
+}
+
+
+class _Lazy(click.Group):
+    """A group whose verbs are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*_VERBS, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return super().get_command(ctx, cmd_name)
+        module, attribute, _ = _VERBS[cmd_name]
+        command = getattr(importlib.import_module(module), attribute)
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, summary) for name, (_, _, summary) in _VERBS.items()]
+        rows.append(("version", "Print the version."))
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+def ambit() -> None:
+    """An ambient service mesh: mTLS, identity and policy without sidecars.
+
+    \b
+    Examples:
+      ambit lab demo                     watch the mesh at work, on this machine
+      ambit lab up --dir my-yaml         run a directory of Kubernetes YAML
+      ambit enroll shop                  take the namespace shop into the mesh
+    """
+
+
+@ambit.command()
+@output_option
+def version(form: str) -> None:
+    """Print the version."""
+    number = metadata.version("ambit-mesh")
+    emit({"version": number}, form, columns=[("VERSION", "version")], rows=[{"version": number}])
+
+
+def main() -> None:
+    """Entry point of `ambit` and `kubectl-ambit`."""
+    ambit()
