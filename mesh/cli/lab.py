@@ -39,7 +39,12 @@ def lab() -> None:
     show_default="here",
     help="Directory of ordinary Kubernetes YAML; it is watched.",
 )
-@click.option("--nodes", type=click.IntRange(1, 50), default=2, show_default=True, help="How many.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1, 50),
+    show_default="the directory's Node objects, else 2",
+    help="How many.",
+)
 @click.option("--name", default=DEFAULT, show_default=True, help="Several labs may be up.")
 @click.option(
     "--replace",
@@ -52,7 +57,7 @@ def lab() -> None:
 @click.option("--detach", "-d", is_flag=True, help="Return when the lab is up; it runs on.")
 def up(
     directory: Path,
-    nodes: int,
+    nodes: int | None,
     name: str,
     replace: tuple[str, ...],
     nodes_on: tuple[str, ...],
@@ -76,7 +81,7 @@ def up(
             name=check_name(name),
             directory=directory.resolve(),
             nodes=nodes,
-            replace=parse_replacements(replace, nodes_on, nodes),
+            replace=parse_replacements(replace, nodes_on),
             detach=detach,
         )
         running = start(settings, progress=say if sys.stderr.isatty() else None)
@@ -90,20 +95,16 @@ def up(
 
 
 def parse_replacements(
-    replace: tuple[str, ...], only: tuple[str, ...], nodes: int
-) -> dict[str, list[str]]:
-    """`DAEMON=PROGRAM ARGS` and the chosen nodes as {"ztunnel@node1": argv}.
+    replace: tuple[str, ...], only: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """`DAEMON=PROGRAM ARGS` and the chosen nodes as {"ztunnel": argv} or {"ztunnel@node1": argv}.
 
     Raises ConfigError naming the flag's value.
     """
-    names = [f"node{i}" for i in range(1, nodes + 1)]
-    for node in only:
-        if node not in names:
-            raise ConfigError(f"--on {node}: no such node", hint=f"nodes: {', '.join(names)}")
-    chosen: dict[str, list[str]] = {}
+    chosen: dict[str, tuple[str, ...]] = {}
     for item in replace:
         daemon, found, program = item.partition("=")
-        argv = shlex.split(program)
+        argv = tuple(shlex.split(program))
         if not found or daemon not in DAEMONS or not argv:
             raise ConfigError(
                 f"--replace {item}: not DAEMON=PROGRAM", hint=f"daemons: {', '.join(DAEMONS)}"
@@ -111,8 +112,9 @@ def parse_replacements(
         if daemon == "istiod_lite":
             chosen["istiod"] = argv
             continue
-        for node in only or names:
-            chosen[f"{daemon}@{node}"] = argv
+        chosen.update({f"{daemon}@{node}": argv for node in only} or {daemon: argv})
+    if only and not chosen:
+        raise ConfigError("--on goes with --replace", hint="--replace ztunnel=PROGRAM --on node1")
     return chosen
 
 
