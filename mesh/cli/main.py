@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 
 import click
 
+from mesh import __version__
 from mesh.cli.output import emit, output_option
 
 _VERBS = {
@@ -55,8 +55,12 @@ def ambit() -> None:
 @output_option
 def version(form: str) -> None:
     """Print the version."""
-    number = metadata.version("ambit-mesh")
-    emit({"version": number}, form, columns=[("VERSION", "version")], rows=[{"version": number}])
+    emit(
+        {"version": __version__},
+        form,
+        columns=[("VERSION", "version")],
+        rows=[{"version": __version__}],
+    )
 
 
 def main() -> None:

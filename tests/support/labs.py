@@ -1,0 +1,82 @@
+"""Labs for tests: brought up by the command line, as a user would, and always taken down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mesh.lab.control import LabClient
+
+T = TypeVar("T")
+
+
+@dataclass
+class TestLab:
+    """A lab that is up: its client, the process that holds it, and its directory."""
+
+    __test__ = False
+
+    client: LabClient
+    process: subprocess.Popen[bytes]
+    directory: Path
+    log: Path
+
+    def said(self) -> str:
+        """Everything the lab printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def python(self, pod: str, code: str, *argv: str) -> str:
+        """Run Python code in a pod; its output. Fails the test when the code failed."""
+        namespace, _, name = pod.partition("/")
+        done = self.client.run(namespace, name, ["python3", "-c", code, *argv])
+        assert done.code == 0, f"in {pod}: exit {done.code}: {done.stderr.decode()}"
+        return done.stdout.decode().strip()
+
+
+def eventually(check: Callable[[], T], *, seconds: float = 15.0) -> T:
+    """Call `check` until it no longer raises AssertionError; its result."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check()
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running_lab(directory: Path, *arguments: str, name: str = "") -> Iterator[TestLab]:
+    """`ambit lab up` over `directory`, ready; ended on the way out, by force if need be."""
+    name = name or f"test-{os.getpid()}-{directory.name[-8:].strip('_-').lower()}"
+    command = [sys.executable, "-m", "mesh.cli", "lab", "up", "--name", name]
+    command += ["--dir", str(directory), *arguments]
+    with tempfile.NamedTemporaryFile(prefix="ambit-test-lab-") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            client = LabClient(name, timeout=60)
+
+            def up() -> None:
+                assert process.poll() is None, Path(log.name).read_text(errors="replace")
+                assert client.is_up()
+
+            eventually(up, seconds=30)
+            lab = TestLab(client, process, directory, Path(log.name))
+            client.wait_ready(90)
+            yield lab
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
