@@ -121,9 +121,15 @@ class KernelError(MeshError):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A decision not to carry something: returned by planners, never raised."""
+    """A decision not to carry something: returned by planners, never raised.
+
+    `policy` is `namespace/name` of the policy that decided and `rule` the index of its
+    rule, when one did; `http_status` is the answer where the asker speaks HTTP.
+    """
 
     flag: str
     reason: str
     hint: str = ""
     policy: str = ""
+    rule: int | None = None
+    http_status: int = 503

@@ -37,9 +37,12 @@ def current() -> int:
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def enter(fd: int) -> None:
-    """Move the calling thread into namespace `fd` for good. Raises KernelError."""
-    _check(_libc.setns(fd, CLONE_NEWNET), "setns")
+def enter(fd: int, kind: int = CLONE_NEWNET) -> None:
+    """Move the calling thread into namespace `fd` for good. Raises KernelError.
+
+    `kind` is the CLONE_NEW* of a namespace that is not a network; 0 takes any.
+    """
+    _check(_libc.setns(fd, kind), "setns")
 
 
 def identity(fd: int) -> tuple[int, int]:
@@ -80,6 +83,19 @@ def create() -> int:
     return made[0]
 
 
+class _Home:
+    """The descriptor of a thread's own namespace, closed when the thread ends."""
+
+    __slots__ = ("_close", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._close = os.close  # at the interpreter's end the module may be gone first
+
+    def __del__(self) -> None:
+        self._close(self.fd)
+
+
 @contextlib.contextmanager
 def inside(fd: int) -> Iterator[None]:
     """Run the body in namespace `fd`. Synchronous bodies only.
@@ -87,15 +103,15 @@ def inside(fd: int) -> Iterator[None]:
     Raises KernelError when the namespace cannot be entered. If the way back fails the
     process ends at once: a thread lost in a pod's namespace must not go on.
     """
-    home = getattr(_home, "fd", None)
+    home: _Home | None = getattr(_home, "home", None)
     if home is None:
-        home = _home.fd = current()
+        home = _home.home = _Home(current())
     enter(fd)
     try:
         yield
     finally:
         try:
-            enter(home)
+            enter(home.fd)
         except BaseException:
             os.write(2, b"fatal: cannot return to the home network namespace\n")
             os._exit(EX_SOFTWARE)

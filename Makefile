@@ -1,0 +1,38 @@
+# Each target does its own set-up. ARGS is handed on, as in: make test ARGS="-k pool -x"
+.DEFAULT_GOAL := help
+ARGS ?=
+PYTHON_BIN := .venv/bin/python
+CONFIGS := istiod_lite.config netconfig.config ztunnel.config
+
+.PHONY: help demo test check bench fmt docs lock
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## the whole mesh on this machine, told step by step
+	@.ci/setup demo
+	@.venv/bin/ambit lab demo $(ARGS)
+
+test: ## everything that this machine can run: format, lint, types, all tests
+	@.ci/setup test
+	@.ci/verify $(ARGS)
+
+check: ## the inner loop, about a minute: format, lint, types, house, unit and shell tests
+	@.ci/setup test
+	@.ci/verify tests/house tests/unit tests/shell $(ARGS)
+
+bench: ## the numbers of docs/performance.md
+	@.ci/setup test
+	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(PYTHON_BIN) $$bench $(ARGS) || exit 1; done
+
+fmt: ## format and sort imports
+	@.ci/setup test
+	@$(PYTHON_BIN) -m ruff check --quiet --fix --select I . ; $(PYTHON_BIN) -m ruff format .
+
+docs: ## write docs/reference/config.md from the configuration classes
+	@.ci/setup test
+	@$(PYTHON_BIN) -m mesh.runtime.config_docs $(CONFIGS) > docs/reference/config.md
+
+lock: ## resolve the lock files anew (needs uv)
+	@uv pip compile -q pyproject.toml --group build --universal --python-version 3.11 --generate-hashes --no-header -o requirements.lock
+	@uv pip compile -q pyproject.toml --group build --group dev --universal --python-version 3.11 --generate-hashes --no-header -o requirements-dev.lock

@@ -1,0 +1,195 @@
+"""Delta ADS as an RPC: one task that listens to a client and one that answers it.
+
+All decisions are in `istiod_lite.subscriptions`; here a stream is authenticated, its
+requests are fed to its `ClientState`, and what that wants to say is sent. A client that
+does not read blocks only its own `send`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from dataclasses import dataclass
+
+import trio
+
+from istiod_lite.authenticate import Authenticator, Caller
+from istiod_lite.snapshot import Snapshot, diff
+from istiod_lite.subscriptions import ClientNode, ClientState, TypeStatus
+from mesh.errors import ConfigError, IdentityError, MeshError, RemoteProtocolError
+from mesh.grpc.codec import Code, GrpcError
+from mesh.grpc.server import Call
+from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
+from mesh.runtime import log
+
+_log = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientStatus:
+    """One connected client, for listings; `connected_at` is on trio's clock."""
+
+    node: ClientNode | None
+    peer: str
+    account: str
+    connected_at: float
+    types: Mapping[str, TypeStatus]
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    state: ClientState
+    peer: str
+    account: str
+    connected_at: float
+    wake: trio.Event
+
+
+class AdsService:
+    """Handles `mesh.xds.client.DELTA_AGGREGATED_RESOURCES`.
+
+    Until the first `publish` streams are held without an answer. Without an `authenticator`
+    everyone is served: for tests.
+    """
+
+    def __init__(self, authenticator: Authenticator | None) -> None:
+        self._authenticator = authenticator
+        self._snapshot: Snapshot | None = None
+        self._clients: list[_Client] = []
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """What was published last."""
+        return self._snapshot
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Tell every client what differs from what it has. Never blocks."""
+        deltas = diff(self._snapshot if self._snapshot is not None else Snapshot(), snapshot)
+        self._snapshot = snapshot
+        for client in self._clients:
+            client.state.offer(snapshot, deltas)
+            client.wake.set()
+
+    def clients(self) -> list[ClientStatus]:
+        """Everyone connected now, in order of arrival."""
+        return [
+            ClientStatus(
+                node=client.state.node,
+                peer=client.peer,
+                account=client.account,
+                connected_at=client.connected_at,
+                types=client.state.status(),
+            )
+            for client in self._clients
+        ]
+
+    async def delta(
+        self,
+        requests: AsyncIterator[DeltaDiscoveryRequest],
+        send: Callable[[DeltaDiscoveryResponse], Awaitable[None]],
+        call: Call,
+    ) -> None:
+        """One stream, until the client ends it or the connection drains.
+
+        Raises GrpcError: UNAUTHENTICATED, PERMISSION_DENIED, INVALID_ARGUMENT.
+        If cancelled: the client is forgotten; it resumes with the versions it holds.
+        """
+        caller = await self._authenticate(call)
+        client = _Client(
+            state=ClientState(self._snapshot),
+            peer=str(call.peer),
+            account=caller.account if caller is not None else "",
+            connected_at=trio.current_time(),
+            wake=trio.Event(),
+        )
+        self._clients.append(client)
+        failures: list[MeshError] = []
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def listen() -> None:
+                    try:
+                        async with _closing(requests):
+                            await self._listen(client, caller, requests)
+                    except MeshError as exc:
+                        failures.append(exc)
+                    nursery.cancel_scope.cancel()
+
+                async def leave_on_drain() -> None:
+                    await call.draining.wait()
+                    failures.append(GrpcError(Code.UNAVAILABLE, "draining"))
+                    nursery.cancel_scope.cancel()
+
+                async def answer() -> None:
+                    try:
+                        await self._answer(client, send)
+                    except MeshError as exc:
+                        failures.append(exc)
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(listen)
+                nursery.start_soon(leave_on_drain)
+                nursery.start_soon(answer)
+        finally:
+            self._clients.remove(client)
+        if failures:
+            raise failures[0]
+
+    async def _authenticate(self, call: Call) -> Caller | None:
+        if self._authenticator is None:
+            return None
+        try:
+            return await self._authenticator.caller(call.metadata)
+        except (IdentityError, ConfigError) as exc:
+            _log.warning("xds_refused", peer=str(call.peer), reason=str(exc))
+            raise GrpcError(Code.UNAUTHENTICATED, "authentication failure") from exc
+
+    async def _listen(
+        self,
+        client: _Client,
+        caller: Caller | None,
+        requests: AsyncIterator[DeltaDiscoveryRequest],
+    ) -> None:
+        async for request in requests:
+            is_first = client.state.node is None
+            try:
+                client.state.receive(request)
+            except RemoteProtocolError as exc:
+                raise GrpcError(Code.INVALID_ARGUMENT, str(exc)) from exc
+            node = client.state.node
+            if is_first and node is not None:
+                _check_node(node, caller)
+                _log.info("xds_connected", node=node.id, peer=client.peer)
+            if request.HasField("error_detail"):
+                _log.warning(
+                    "xds_nack",
+                    node=node.id if node is not None else "",
+                    type=request.type_url[:200],
+                    reason=request.error_detail.message[:1000],
+                )
+            client.wake.set()
+
+    async def _answer(
+        self, client: _Client, send: Callable[[DeltaDiscoveryResponse], Awaitable[None]]
+    ) -> None:
+        while True:
+            client.wake = trio.Event()
+            for response in client.state.responses():
+                await send(response)
+            await client.wake.wait()
+
+
+def _check_node(node: ClientNode, caller: Caller | None) -> None:
+    """The node must be who its token says. Raises GrpcError(PERMISSION_DENIED)."""
+    if caller is None:
+        return
+    claimed = node.metadata.get("SERVICE_ACCOUNT", caller.service_account)
+    if node.namespace != caller.namespace or claimed != caller.service_account:
+        raise GrpcError(
+            Code.PERMISSION_DENIED, f"the token is of {caller.account}, not of node {node.id[:200]}"
+        )
+
+
+def _closing(requests: AsyncIterator[object]) -> AbstractAsyncContextManager[object]:
+    """Ends a generator of requests where it is used, not when it is collected."""
+    return aclosing(requests) if isinstance(requests, AsyncGenerator) else nullcontext()

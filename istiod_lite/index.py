@@ -1,0 +1,325 @@
+"""Everything derived from the cluster's objects, and derived again only where it must be. Pure.
+
+`receive` takes the watch's events and notes what they touch: a pod its workload; a Service
+itself and the pods it selects or selected; a policy itself and the workloads whose policies
+it changes; a node the workloads on it. `settle` derives what was noted. Values that come out
+equal stay the same objects, so that a snapshot shares them.
+
+What cannot be read changes nothing and becomes a finding; a policy that cannot be read and
+was never known before denies (see `istiod_lite.policies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from istiod_lite import peer_authentication, policies, workloads
+from istiod_lite.workloads import Mesh
+from mesh.cluster.api import Deleted, Event, Fault, Object, Put, Ref, Synced
+from mesh.cluster.fields import Reader
+from mesh.cluster.inventory import Inventory
+from mesh.cluster.objects import (
+    EndpointSlice,
+    Metadata,
+    Namespace,
+    Node,
+    Pod,
+    Service,
+    is_selected,
+)
+from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication, read_selector
+from mesh.cluster.validate import Finding, finding_of
+from mesh.errors import ConfigError
+from mesh.model import service as model
+from mesh.model.authorization import Authorization, PolicyScope
+from mesh.model.workload import Workload
+
+KINDS = (
+    "Namespace",
+    "Node",
+    "Pod",
+    "Service",
+    "EndpointSlice",
+    "AuthorizationPolicy",
+    "PeerAuthentication",
+)
+V = TypeVar("V")
+_CLOSED = "; until it is repaired, everything that it could concern is denied"
+
+
+class ClusterIndex:
+    """See the module. `addresses` and `policies` are keyed by resource name; do not change them."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.addresses: dict[str, Workload | model.Service] = {}
+        self.policies: dict[str, Authorization] = {}
+        self._inventory = Inventory()
+        self._faults: dict[str, Finding] = {}
+        self._findings: dict[Ref, tuple[Finding, ...]] = {}
+        self._on_node: dict[str, dict[Ref, None]] = {}
+        self._slice_uids: dict[Ref, frozenset[str]] = {}
+        self._selectors: dict[str, dict[str, Mapping[str, str]]] = {}
+        self._peers: dict[Ref, PeerAuthentication] = {}
+        self._converted: frozenset[str] = frozenset()
+        self._dirty: dict[Ref, None] = {}
+        self._changed = False
+
+    # -- what others ask -----------------------------------------------------------------
+
+    def pod(self, namespace: str, name: str) -> Pod | None:
+        """The pod of that name."""
+        return self._inventory.get(Pod, namespace, name)
+
+    def pods_on_node(self, node: str) -> Iterable[Pod]:
+        """All pods of a node."""
+        views = (self._inventory.view(ref) for ref in self._on_node.get(node, ()))
+        return [view for view in views if isinstance(view, Pod)]
+
+    def namespaces(self) -> list[str]:
+        """The namespaces that exist."""
+        return sorted(each.name for each in self._inventory.all(Namespace))
+
+    def findings(self) -> list[Finding]:
+        """What is wrong or odd now, with the place it is written at."""
+        found = list(self._faults.values())
+        for ref, listed in self._findings.items():
+            source = self._inventory.source(ref)
+            found += [replace(each, source=each.source or source) for each in listed]
+        return found
+
+    # -- events in -----------------------------------------------------------------------
+
+    def receive(self, event: Event) -> None:
+        """Note what an event touches."""
+        match event:
+            case Put():
+                self._put(event)
+            case Deleted(ref):
+                self._findings.pop(ref, None)
+                old = self._inventory.delete(ref)
+                if ref.kind == "AuthorizationPolicy":
+                    self._set_policy(ref, None, None)
+                elif ref.kind == "PeerAuthentication":
+                    self._set_peer(ref, None)
+                elif old is not None:
+                    self._touch(ref, old, None)
+            case Fault(error, repaired):
+                if repaired:
+                    self._faults.pop(str(error), None)
+                else:
+                    self._faults[str(error)] = finding_of(error)
+            case Synced():
+                pass
+
+    def _put(self, put: Put) -> None:
+        ref = put.ref
+        old = self._inventory.view(ref)
+        try:
+            new = self._inventory.put(ref, put.object, put.source)
+        except ConfigError as exc:
+            finding = finding_of(exc, ref)
+            if old is None and self._close(ref, put.object):
+                finding = replace(finding, message=finding.message + _CLOSED)
+            self._findings[ref] = (finding,)
+            return
+        self._findings.pop(ref, None)
+        match new:
+            case AuthorizationPolicy():
+                translated = policies.translate(new, self.mesh.root_namespace)
+                if translated.findings:
+                    self._findings[ref] = translated.findings
+                self._set_policy(ref, translated.authorization, new.selector)
+            case PeerAuthentication():
+                self._set_peer(ref, new)
+            case Metadata():
+                self._touch(ref, old, new)
+
+    def _close(self, ref: Ref, obj: Object) -> bool:
+        """Let a policy that was never readable deny; False for what is no policy."""
+        if ref.kind == "AuthorizationPolicy":
+            closed = policies.closed(ref, obj, self.mesh.root_namespace)
+            if closed is not None:
+                self._set_policy(ref, *closed)
+            return closed is not None
+        if ref.kind == "PeerAuthentication":
+            try:
+                selector = read_selector(Reader(obj).at("spec", "selector"))
+            except ConfigError:
+                selector = None
+            self._set_peer(ref, PeerAuthentication(ref=ref, selector=selector, mode="STRICT"))
+            return True
+        return False
+
+    # -- what an object touches ----------------------------------------------------------
+
+    def _touch(self, ref: Ref, old: Metadata | None, new: Metadata | None) -> None:
+        match new or old:
+            case Pod() | EndpointSlice():
+                self._place(ref, _nodes_of(old), _nodes_of(new))
+                self._dirty[ref] = None
+            case Service():
+                self._dirty[ref] = None
+                self._touch_endpoints(ref, old, new)
+            case Namespace():
+                if _distribution(old) != _distribution(new):
+                    for service in self._inventory.within(Service, ref.name):
+                        self._dirty[service.ref] = None
+            case Node():
+                before = workloads.locality_of(old if isinstance(old, Node) else None)
+                after = workloads.locality_of(new if isinstance(new, Node) else None)
+                if before != after:
+                    self._dirty.update(self._on_node.get(ref.name, {}))
+
+    def _touch_endpoints(self, ref: Ref, old: Metadata | None, new: Metadata | None) -> None:
+        states = [each for each in (old, new) if isinstance(each, Service)]
+        for pod in self._inventory.within(Pod, ref.namespace):
+            if any(service.selects(pod.labels) for service in states):
+                self._dirty[pod.ref] = None
+        for endpoints in self._inventory.within(EndpointSlice, ref.namespace):
+            if endpoints.service == ref.name:
+                self._dirty[endpoints.ref] = None
+
+    def _place(self, ref: Ref, before: frozenset[str], after: frozenset[str]) -> None:
+        for node in before - after:
+            refs = self._on_node[node]
+            refs.pop(ref, None)
+            if not refs:
+                del self._on_node[node]
+        for node in after - before:
+            self._on_node.setdefault(node, {})[ref] = None
+
+    def _set_policy(
+        self,
+        ref: Ref,
+        authorization: Authorization | None,
+        selector: Mapping[str, str] | None,
+    ) -> None:
+        key = f"{ref.namespace}/{ref.name}"
+        self._store(self.policies, key, authorization)
+        named = self._selectors.setdefault(ref.namespace, {})
+        old = named.pop(key, None)
+        new = None
+        if authorization is not None and authorization.scope is PolicyScope.WORKLOAD_SELECTOR:
+            new = named[key] = selector or {}
+        if not named:
+            del self._selectors[ref.namespace]
+        # A workload only names its policies: it is touched if it starts or stops doing so.
+        everywhere = ref.namespace == self.mesh.root_namespace
+        for pod in self._pods_of("" if everywhere else ref.namespace):
+            if _selects(old, pod) != _selects(new, pod):
+                self._dirty[pod.ref] = None
+
+    def _set_peer(self, ref: Ref, peer: PeerAuthentication | None) -> None:
+        states = [each for each in (self._peers.pop(ref, None), peer) if each is not None]
+        if peer is not None:
+            self._peers[ref] = peer
+        root = self.mesh.root_namespace
+        converted = peer_authentication.convert(self._peers.values(), root)
+        for key in self._converted - converted.keys():
+            self._store(self.policies, key, None)
+        for key, authorization in converted.items():
+            self._store(self.policies, key, authorization)
+        self._converted = frozenset(converted)
+        for state in states:
+            namespace = peer_authentication.reaches(state, root)
+            if namespace is not None:
+                for pod in self._pods_of(namespace):
+                    if is_selected(state.selector or {}, pod.labels):
+                        self._dirty[pod.ref] = None
+
+    def _pods_of(self, namespace: str) -> Iterator[Pod]:
+        """The pods of a namespace; of all, if it is empty."""
+        if namespace:
+            return self._inventory.within(Pod, namespace)
+        return self._inventory.all(Pod)
+
+    # -- derive --------------------------------------------------------------------------
+
+    def settle(self) -> bool:
+        """Derive what was touched; whether `addresses` or `policies` changed since last time."""
+        derive: Mapping[str, Callable[[Ref], None]] = {
+            "Pod": self._derive_pod,
+            "Service": self._derive_service,
+            "EndpointSlice": self._derive_slice,
+        }
+        for ref in self._dirty:
+            derive[ref.kind](ref)
+        self._dirty.clear()
+        changed, self._changed = self._changed, False
+        return changed
+
+    def _derive_pod(self, ref: Ref) -> None:
+        pod = self.pod(ref.namespace, ref.name)
+        workload = None
+        if pod is not None:
+            services = self._inventory.within(Service, ref.namespace)
+            node = self._node(pod.node)
+            named = self._policies_of(pod)
+            workload = workloads.pod_workload(self.mesh, pod, services, node, named)
+        self._store(self.addresses, self.mesh.pod_uid(ref.namespace, ref.name), workload)
+
+    def _policies_of(self, pod: Pod) -> tuple[str, ...]:
+        root = self.mesh.root_namespace
+        named = [
+            key
+            for namespace in dict.fromkeys((root, pod.namespace))
+            for key, selector in self._selectors.get(namespace, {}).items()
+            if is_selected(selector, pod.labels)
+        ]
+        peers = peer_authentication.policies_for(
+            self._peers.values(), pod.namespace, pod.labels, root
+        )
+        return (*sorted(named), *peers)
+
+    def _derive_service(self, ref: Ref) -> None:
+        service = self._inventory.get(Service, ref.namespace, ref.name)
+        found = None
+        if service is not None:
+            namespace = self._inventory.get(Namespace, "", ref.namespace)
+            found = workloads.mesh_service(self.mesh, service, namespace)
+        self._store(self.addresses, self.mesh.service_key(ref.namespace, ref.name), found)
+
+    def _derive_slice(self, ref: Ref) -> None:
+        endpoints = self._inventory.get(EndpointSlice, ref.namespace, ref.name)
+        found: dict[str, Workload] = {}
+        if endpoints is not None:
+            service = self._inventory.get(Service, ref.namespace, endpoints.service)
+            found = workloads.slice_workloads(self.mesh, endpoints, service, self._node)
+        for uid in self._slice_uids.pop(ref, frozenset()) - found.keys():
+            self._store(self.addresses, uid, None)
+        for uid, workload in found.items():
+            self._store(self.addresses, uid, workload)
+        if found:
+            self._slice_uids[ref] = frozenset(found)
+
+    def _node(self, name: str) -> Node | None:
+        return self._inventory.get(Node, "", name)
+
+    def _store(self, values: dict[str, V], key: str, value: V | None) -> None:
+        if value is None:
+            if values.pop(key, None) is not None:
+                self._changed = True
+        elif values.get(key) != value:
+            values[key] = value
+            self._changed = True
+
+
+def _nodes_of(view: Metadata | None) -> frozenset[str]:
+    match view:
+        case Pod(node=node):
+            return frozenset((node,)) if node else frozenset()
+        case EndpointSlice(endpoints=endpoints):
+            return frozenset(each.node for each in endpoints if each.node)
+        case _:
+            return frozenset()
+
+
+def _distribution(view: Metadata | None) -> str:
+    return view.annotations.get(workloads.TRAFFIC_DISTRIBUTION, "") if view else ""
+
+
+def _selects(selector: Mapping[str, str] | None, pod: Pod) -> bool:
+    return selector is not None and is_selected(selector, pod.labels)

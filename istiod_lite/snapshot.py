@@ -1,0 +1,231 @@
+"""What the control plane currently says, as versioned resources; and what changed. Pure.
+
+A snapshot is immutable. Its resources carry the exact bytes that go on the wire and a
+version that is a 64-bit hash of them, so a restarted controller gives equal resources
+equal versions and reconnecting clients are sent only what really differs. Resources that
+did not change are shared with the previous snapshot, bytes and all.
+
+On-demand clients ask by other keys than resource names; `find` resolves a uid, an
+address, a service's name or VIP to resources, with what a caller needs along with them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from mesh.errors import ConfigError
+from mesh.model.authorization import Authorization
+from mesh.model.service import Service
+from mesh.model.workload import GatewayAddress, NamespacedHostname, Workload
+from mesh.proto.discovery_pb2 import Resource as ResourceMessage
+from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource, encode, resource_name
+
+# The order in which a client is told: a policy may name workloads, never the reverse.
+TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionedResource:
+    """One resource as it is sent."""
+
+    name: str
+    version: str
+    model: Resource
+    message: ResourceMessage = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Names whose resource is new or different, and names that are gone; one type."""
+
+    changed: frozenset[str]
+    removed: frozenset[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.removed)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Resources by type and name. `faults` are resources that could not be encoded."""
+
+    resources: Mapping[str, Mapping[str, VersionedResource]] = field(
+        default_factory=lambda: {type_url: {} for type_url in TYPES}
+    )
+    faults: tuple[ConfigError, ...] = ()
+
+    def of(self, type_url: str) -> Mapping[str, VersionedResource]:
+        """The resources of one type; empty for a type that we do not serve."""
+        return self.resources.get(type_url, {})
+
+    def find(self, key: str) -> frozenset[str]:
+        """The names of Address resources that answer an on-demand key; empty if unknown.
+
+        Keys in this order: uid, `network/address` of a workload, `namespace/hostname`,
+        `network/address` of a service. A service brings its endpoints, everything brings
+        the waypoints it refers to.
+        """
+        return self._index.find(key)
+
+    def on_node(self, node: str) -> frozenset[str]:
+        """The uids of the workloads of one node."""
+        return frozenset(self._index.nodes.get(node, ())) if node else frozenset()
+
+    @cached_property
+    def _index(self) -> _AddressIndex:
+        return _AddressIndex(entry.model for entry in self.of(ADDRESS_TYPE).values())
+
+
+def build(
+    addresses: Mapping[str, Workload | Service],
+    policies: Mapping[str, Authorization],
+    previous: Snapshot | None = None,
+) -> Snapshot:
+    """A snapshot of these models, keyed by resource name.
+
+    A model that cannot be encoded, or that is not called what its key says, is left out and
+    told in `faults`: one bad object must not silence the others.
+    """
+    faults: list[ConfigError] = []
+    before = previous if previous is not None else Snapshot()
+    resources = {
+        ADDRESS_TYPE: dict(_versioned(ADDRESS_TYPE, addresses, before, faults)),
+        AUTHORIZATION_TYPE: dict(_versioned(AUTHORIZATION_TYPE, policies, before, faults)),
+    }
+    return Snapshot(resources, tuple(faults))
+
+
+def diff(old: Snapshot, new: Snapshot) -> dict[str, Delta]:
+    """What changed from `old` to `new`, by type; a type without change is left out."""
+    deltas = {}
+    for type_url in TYPES:
+        before, after = old.of(type_url), new.of(type_url)
+        changed = frozenset(
+            name
+            for name, entry in after.items()
+            if name not in before or before[name].version != entry.version
+        )
+        if delta := Delta(changed, frozenset(before.keys() - after.keys())):
+            deltas[type_url] = delta
+    return deltas
+
+
+def version_of(serialised: bytes) -> str:
+    """The version of a serialised resource: 64 bits in hexadecimal."""
+    return blake2b(serialised, digest_size=8).hexdigest()
+
+
+def _versioned(
+    type_url: str,
+    models: Mapping[str, Workload | Service] | Mapping[str, Authorization],
+    previous: Snapshot,
+    faults: list[ConfigError],
+) -> Iterator[tuple[str, VersionedResource]]:
+    known = previous.of(type_url)
+    for name, model in models.items():
+        before = known.get(name)
+        if before is not None and (before.model is model or before.model == model):
+            yield name, before
+            continue
+        try:
+            if resource_name(model) != name:
+                raise ConfigError(f"resource {name!r} calls itself {resource_name(model)!r}")
+            data = encode(model)
+        except ConfigError as exc:
+            faults.append(exc)
+            continue
+        version = version_of(data)
+        message = ResourceMessage(
+            name=name, version=version, resource=AnyMessage(type_url=type_url, value=data)
+        )
+        yield name, VersionedResource(name, version, model, message)
+
+
+class _AddressIndex:
+    """Who is where; built only when a client asks on demand."""
+
+    def __init__(self, models: Iterable[Resource]) -> None:
+        self.nodes: dict[str, set[str]] = {}
+        self._workloads: dict[str, Workload] = {}
+        self._services: dict[str, Service] = {}
+        self._workload_addresses: dict[str, set[str]] = {}
+        self._service_addresses: dict[str, set[str]] = {}
+        self._endpoints: dict[str, set[str]] = {}
+        for model in models:
+            match model:
+                case Workload():
+                    self._add_workload(model)
+                case Service():
+                    self._add_service(model)
+
+    def find(self, key: str) -> frozenset[str]:
+        names: set[str] = set()
+        if key in self._workloads:
+            self._collect(key, names)
+        elif uids := self._workload_addresses.get(_canonical(key)):
+            for uid in uids:
+                self._collect(uid, names)
+        elif key in self._services:
+            self._collect(key, names)
+        else:
+            for service in self._service_addresses.get(_canonical(key), ()):
+                self._collect(service, names)
+        return frozenset(names)
+
+    def _add_workload(self, workload: Workload) -> None:
+        self._workloads[workload.uid] = workload
+        self.nodes.setdefault(workload.node, set()).add(workload.uid)
+        for address in workload.addresses:
+            key = f"{workload.network}/{address}"
+            self._workload_addresses.setdefault(key, set()).add(workload.uid)
+        for service in workload.services:
+            self._endpoints.setdefault(service, set()).add(workload.uid)
+
+    def _add_service(self, service: Service) -> None:
+        name = str(service.key)
+        self._services[name] = service
+        for address in service.addresses:
+            self._service_addresses.setdefault(str(address), set()).add(name)
+        for cidr in service.cidr_addresses:
+            key = f"{cidr.network}/{cidr.prefix}"
+            self._service_addresses.setdefault(key, set()).add(name)
+
+    def _collect(self, name: str, names: set[str]) -> None:
+        """Add a resource and, transitively, endpoints and waypoints, each once."""
+        pending = [name]
+        while pending:
+            current = pending.pop()
+            if current in names:
+                continue
+            names.add(current)
+            gateways: list[GatewayAddress | None] = []
+            if (workload := self._workloads.get(current)) is not None:
+                gateways = [workload.waypoint, workload.network_gateway]
+            elif (service := self._services.get(current)) is not None:
+                pending.extend(self._endpoints.get(current, ()))
+                gateways = [service.waypoint]
+                gateways += [weighted.destination for weighted in service.weighted_waypoints]
+            for gateway in gateways:
+                if gateway is not None:
+                    pending.extend(self._gateway(gateway))
+
+    def _gateway(self, gateway: GatewayAddress) -> Iterable[str]:
+        key = str(gateway.destination)
+        if isinstance(gateway.destination, NamespacedHostname):
+            return [key] if key in self._services else []
+        return self._workload_addresses.get(key) or self._service_addresses.get(key) or []
+
+
+def _canonical(key: str) -> str:
+    """`network/address` with the address in canonical text; other keys unchanged."""
+    network, _, address = key.partition("/")
+    try:
+        return f"{network}/{ipaddress.ip_address(address)}"
+    except ValueError:
+        return key

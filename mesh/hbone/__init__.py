@@ -1,0 +1,1 @@
+"""HBONE: tunnels over mutual TLS and HTTP/2 CONNECT."""

@@ -1,0 +1,281 @@
+"""CONNECT heads of HBONE, sans-IO: authority, baggage, forwarded, traceparent.
+
+A head is a list of HTTP/2 header pairs (bytes); the HTTP/2 block coding is not here
+(`mesh.http.hpack_table`). Plain CONNECT only: no `:scheme`, no `:path`, no `:protocol`
+(RFC 9113 section 8.5). Everything a peer wrote is bounded before it is kept.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.errors import LocalProtocolError, RemoteProtocolError
+
+Pair = tuple[bytes, bytes]
+
+MAX_AUTHORITY: Final = 300
+MAX_BAGGAGE: Final = 8192
+MAX_BAGGAGE_VALUE: Final = 512
+MAX_EXTRA_HEADERS: Final = 32
+
+_HOSTNAME = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})(?:\.[A-Za-z0-9_-]{1,63})*"
+)
+_PORT = re.compile(r"[0-9]{1,5}")
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_FORWARDED_PART = re.compile(r'\s*([A-Za-z]+)=(?:"([^"\\]*)"|([^\s";,]*))\s*')
+_WORKLOAD_KINDS: Final = ("deployment", "cronjob", "pod", "job")
+_KNOWN: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """Where a CONNECT leads: a canonical IP or a lower-case hostname, and a port."""
+
+    host: str
+    port: int
+    is_ip: bool
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Baggage:
+    """What one workload tells of itself; empty text means not told."""
+
+    cluster: str = ""
+    namespace: str = ""
+    workload_type: str = ""
+    workload_name: str = ""
+    service_name: str = ""
+    service_version: str = ""
+    region: str = ""
+    zone: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """`for` (an `ip:port`) and `host` (the service asked for) of the `forwarded` header."""
+
+    for_address: str = ""
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectHead:
+    """A CONNECT request.
+
+    `authority` is text as on the wire (`parse_authority` reads it); `extra` are further
+    headers, lower-case names, in order.
+    """
+
+    authority: str
+    baggage: Baggage | None = None
+    forwarded: Forwarded | None = None
+    traceparent: str = ""
+    extra: tuple[tuple[str, str], ...] = ()
+
+    def header(self, name: str) -> str:
+        """The first value of an extra header, or empty text."""
+        return next((value for key, value in self.extra if key == name), "")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectResponse:
+    """The answer to a CONNECT; anything but status 200 is a refusal."""
+
+    status: int
+    baggage: Baggage | None = None
+    extra: tuple[tuple[str, str], ...] = ()
+
+
+def parse_authority(text: str) -> Authority:
+    """Read `IP:port`, `[v6]:port` or `hostname:port`.
+
+    The port is mandatory and not 0. Raises RemoteProtocolError (400).
+    """
+    host, _, port_text = text.rpartition(":")
+    if len(text) > MAX_AUTHORITY or not _PORT.fullmatch(port_text):
+        raise RemoteProtocolError(f"not an authority: {text[:80]!r}")
+    port = int(port_text)
+    if not 0 < port < 65536:
+        raise RemoteProtocolError(f"no such port: {text[:80]!r}")
+    bracketed = host[:1] == "[" and host[-1:] == "]"
+    try:
+        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        # All digits and dots can only be meant as an address: `10.0.0.256` is no name.
+        if bracketed or not _HOSTNAME.fullmatch(host) or not re.search("[A-Za-z_-]", host):
+            raise RemoteProtocolError(f"not an authority: {text[:80]!r}") from None
+        return Authority(host.lower(), port, is_ip=False)
+    if isinstance(address, ipaddress.IPv6Address):
+        if not bracketed or address.scope_id is not None:
+            raise RemoteProtocolError(f"not an authority: {text[:80]!r}")
+        return Authority(str(address.ipv4_mapped or address), port, is_ip=True)
+    if bracketed:
+        raise RemoteProtocolError(f"not an authority: {text[:80]!r}")
+    return Authority(str(address), port, is_ip=True)
+
+
+def encode_baggage(baggage: Baggage) -> str:
+    """Members in Istio's order, empty ones omitted; text that would break the list, too."""
+    kind = baggage.workload_type if baggage.workload_type in _WORKLOAD_KINDS else "pod"
+    members = (
+        ("k8s.cluster.name", baggage.cluster),
+        ("k8s.namespace.name", baggage.namespace),
+        (f"k8s.{kind}.name", baggage.workload_name),
+        ("service.name", baggage.service_name),
+        ("service.version", baggage.service_version),
+        ("cloud.region", baggage.region),
+        ("cloud.availability_zone", baggage.zone),
+    )
+    return ",".join(f"{key}={value}" for key, value in members if value and _is_plain(value))
+
+
+def parse_baggage(headers: Iterable[str]) -> Baggage:
+    """Read one or more `baggage` headers: the last of equal keys wins, nothing is trimmed or
+    decoded, unknown and oversized members are skipped.
+    """
+    fields: dict[str, str] = {}
+    budget = MAX_BAGGAGE
+    for header in headers:
+        budget -= len(header)
+        if budget < 0:
+            break
+        for member in header.split(","):
+            key, found, value = member.partition("=")
+            if found and len(value) <= MAX_BAGGAGE_VALUE:
+                fields[key] = value
+    workload_type = workload_name = ""
+    for key, value in fields.items():
+        kind = key[4:-5]
+        if kind in _WORKLOAD_KINDS and key == f"k8s.{kind}.name":
+            workload_type, workload_name = kind, value
+    return Baggage(
+        cluster=fields.get("k8s.cluster.name", ""),
+        namespace=fields.get("k8s.namespace.name", ""),
+        workload_type=workload_type,
+        workload_name=workload_name,
+        service_name=fields.get("service.name", ""),
+        service_version=fields.get("service.version", ""),
+        region=fields.get("cloud.region", ""),
+        zone=fields.get("cloud.availability_zone", ""),
+    )
+
+
+def encode_forwarded(forwarded: Forwarded) -> str:
+    """`for="ip:port"` and, when there is one, `;host=<hostname>`."""
+    text = f'for="{forwarded.for_address}"'
+    return f"{text};host={forwarded.host}" if forwarded.host else text
+
+
+def parse_forwarded(text: str) -> Forwarded | None:
+    """The first element of a `forwarded` header; None when it cannot be read."""
+    fields: dict[str, str] = {}
+    for part in text.split(",", 1)[0].split(";"):
+        match = _FORWARDED_PART.fullmatch(part)
+        if match is None:
+            return None
+        fields[match[1].lower()] = match[2] if match[2] is not None else match[3]
+    return Forwarded(fields.get("for", ""), fields.get("host", "").lower())
+
+
+def traceparent(random_bytes: bytes) -> str:
+    """A W3C `traceparent`, not sampled, from 24 random bytes."""
+    if len(random_bytes) != 24:
+        raise LocalProtocolError("a traceparent needs 24 random bytes")
+    return f"00-{random_bytes[:16].hex()}-{random_bytes[16:].hex()}-00"
+
+
+def encode_request(head: ConnectHead) -> list[Pair]:
+    """The header pairs of a CONNECT."""
+    pairs = [(b":method", b"CONNECT"), (b":authority", head.authority.encode("ascii"))]
+    if head.baggage is not None and (text := encode_baggage(head.baggage)):
+        pairs.append((b"baggage", text.encode("ascii")))
+    if head.forwarded is not None:
+        pairs.append((b"forwarded", encode_forwarded(head.forwarded).encode("ascii")))
+    if head.traceparent:
+        pairs.append((b"traceparent", head.traceparent.encode("ascii")))
+    pairs += [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.extra]
+    return pairs
+
+
+def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
+    """Judge and read a CONNECT. Raises RemoteProtocolError (400).
+
+    The authority is checked here, and kept in its canonical form.
+    """
+    pseudo: dict[bytes, bytes] = {}
+    regular: list[Pair] = []
+    for name, value in pairs:
+        if name[:1] == b":":
+            pseudo[name] = value
+        else:
+            regular.append((name, value))
+    if pseudo.get(b":method") != b"CONNECT":
+        raise RemoteProtocolError("only CONNECT is served here")
+    if pseudo.keys() != {b":method", b":authority"}:
+        raise RemoteProtocolError("a CONNECT has :method and :authority and nothing else")
+    authority = parse_authority(pseudo[b":authority"].decode("latin-1"))
+    known = _texts(regular)
+    forwarded = known.get(b"forwarded")
+    trace = known.get(b"traceparent", [""])[0]
+    return ConnectHead(
+        str(authority),
+        baggage=parse_baggage(known[b"baggage"]) if b"baggage" in known else None,
+        forwarded=parse_forwarded(forwarded[0]) if forwarded else None,
+        traceparent=trace if _TRACEPARENT.fullmatch(trace) else "",
+        extra=_extra(regular),
+    )
+
+
+def encode_response(response: ConnectResponse) -> list[Pair]:
+    """The header pairs of an answer."""
+    pairs = [(b":status", str(response.status).encode())]
+    if response.baggage is not None and (text := encode_baggage(response.baggage)):
+        pairs.append((b"baggage", text.encode("ascii")))
+    pairs += [(name.encode("ascii"), value.encode("latin-1")) for name, value in response.extra]
+    return pairs
+
+
+def parse_response(pairs: Iterable[Pair]) -> ConnectResponse:
+    """Read an answer. Raises RemoteProtocolError."""
+    regular: list[Pair] = []
+    status = b""
+    for name, value in pairs:
+        if name == b":status":
+            status = value
+        elif name[:1] == b":":
+            raise RemoteProtocolError(f"unexpected {name[:40]!r} in a response")
+        else:
+            regular.append((name, value))
+    if len(status) != 3 or not status.isdigit():
+        raise RemoteProtocolError(f"not a status: {status[:40]!r}")
+    known = _texts(regular)
+    return ConnectResponse(
+        int(status),
+        baggage=parse_baggage(known[b"baggage"]) if b"baggage" in known else None,
+        extra=_extra(regular),
+    )
+
+
+def _is_plain(value: str) -> bool:
+    return value.isascii() and value.isprintable() and "," not in value and " " not in value
+
+
+def _texts(regular: Iterable[Pair]) -> dict[bytes, list[str]]:
+    known: dict[bytes, list[str]] = {}
+    for name, value in regular:
+        if name in _KNOWN:
+            known.setdefault(name, []).append(value.decode("latin-1"))
+    return known
+
+
+def _extra(regular: Iterable[Pair]) -> tuple[tuple[str, str], ...]:
+    kept = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in regular if n not in _KNOWN]
+    return tuple(kept[:MAX_EXTRA_HEADERS])

@@ -1,0 +1,1 @@
+"""What every daemon needs to run: settings, log, metrics, admin endpoints, its life."""

@@ -1,0 +1,365 @@
+"""Metrics by Istio's names and labels, on prometheus-client.
+
+Two rules keep them cheap and bounded. A series' label children are looked up once per set of
+labels, not once per event. And label values come from the cluster (partly from peers), so
+sets of labels are capped: beyond the cap a set is folded into one whose labels say `overflow`,
+and series that nobody touched for a while are forgotten.
+
+Directions are as seen from the two applications, for both reporters: `received` is client to
+server, `sent` is server to client.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+# `_created` doubles the series and nothing of ours reads it.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+Reporter = Literal["source", "destination", "waypoint"]
+UNKNOWN = "unknown"
+OVERFLOW = "overflow"
+MAX_LABEL_SETS = 1000
+IDLE_SECONDS = 900.0
+LAG_INTERVAL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TcpLabels:
+    """The labels of Istio's TCP metrics, in Istio's order; missing is `unknown`."""
+
+    reporter: Reporter
+    source_workload: str = UNKNOWN
+    source_canonical_service: str = UNKNOWN
+    source_canonical_revision: str = UNKNOWN
+    source_workload_namespace: str = UNKNOWN
+    source_principal: str = UNKNOWN
+    source_app: str = UNKNOWN
+    source_version: str = UNKNOWN
+    source_cluster: str = UNKNOWN
+    destination_service: str = UNKNOWN
+    destination_service_namespace: str = UNKNOWN
+    destination_service_name: str = UNKNOWN
+    destination_workload: str = UNKNOWN
+    destination_canonical_service: str = UNKNOWN
+    destination_canonical_revision: str = UNKNOWN
+    destination_workload_namespace: str = UNKNOWN
+    destination_principal: str = UNKNOWN
+    destination_app: str = UNKNOWN
+    destination_version: str = UNKNOWN
+    destination_cluster: str = UNKNOWN
+    request_protocol: str = "tcp"
+    response_flags: str = "-"
+    connection_security_policy: str = UNKNOWN
+    source_region: str = UNKNOWN
+    source_zone: str = UNKNOWN
+    destination_region: str = UNKNOWN
+    destination_zone: str = UNKNOWN
+
+
+_TCP_LABEL_NAMES = tuple(field.name for field in dataclasses.fields(TcpLabels))
+
+
+def _values(labels: TcpLabels) -> tuple[str, ...]:
+    return tuple(getattr(labels, name) or UNKNOWN for name in _TCP_LABEL_NAMES)
+
+
+def tcp_directions(reporter: Reporter, to_tunnel: int, from_tunnel: int) -> tuple[int, int]:
+    """(sent, received) for `TcpMetrics.bytes` from a relay's two counts.
+
+    At the source, what goes into the tunnel is client to server; at the destination it is
+    server to client. (The access log counts per viewpoint: its `bytes_sent` is always
+    what went into the tunnel.)
+    """
+    return (from_tunnel, to_tunnel) if reporter == "source" else (to_tunnel, from_tunnel)
+
+
+class _TcpSeries:
+    """The children of one set of labels."""
+
+    __slots__ = ("closed", "failed", "last_used", "open_now", "opened", "received", "sent")
+
+    def __init__(self, counters: tuple[Counter, ...], values: tuple[str, ...]) -> None:
+        self.opened, self.closed, self.failed, self.sent, self.received = (
+            counter.labels(*values) for counter in counters
+        )
+        self.last_used = 0.0
+        self.open_now = 0
+
+
+class TcpMetrics:
+    """Connections and bytes by source and destination."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        max_label_sets: int = MAX_LABEL_SETS,
+        idle_seconds: float = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        def counter(name: str, doc: str) -> Counter:
+            return Counter(name, doc, _TCP_LABEL_NAMES, registry=registry)
+
+        self._counters = (
+            counter("istio_tcp_connections_opened", "TCP connections opened"),
+            counter("istio_tcp_connections_closed", "TCP connections closed"),
+            counter("istio_tcp_connections_failed", "TCP connections that failed to open"),
+            counter("istio_tcp_sent_bytes", "Bytes from server to client"),
+            counter("istio_tcp_received_bytes", "Bytes from client to server"),
+        )
+        self._open = Gauge(
+            "istio_tcp_sockets_open", "TCP connections open now", ["reporter"], registry=registry
+        )
+        self._overflows = Counter(
+            "ambit_metrics_overflow",
+            "Events counted under the labels `overflow`, because there were too many label sets",
+            registry=registry,
+        )
+        self._expired = Counter(
+            "ambit_metrics_expired", "Label sets forgotten because idle", registry=registry
+        )
+        self._max = max_label_sets
+        self._idle = idle_seconds
+        self._clock = clock
+        self._series: dict[TcpLabels, _TcpSeries] = {}
+        self._next_expiry = 0.0
+
+    def opened(self, labels: TcpLabels) -> None:
+        """A connection was established end to end."""
+        series = self._find(labels)
+        series.opened.inc()
+        series.open_now += 1
+        self._open.labels(labels.reporter).inc()
+
+    def closed(self, labels: TcpLabels) -> None:
+        """A connection that was `opened` ended; `response_flags` may have changed since."""
+        self._find(labels).closed.inc()
+        self._open.labels(labels.reporter).dec()
+        at_open = labels
+        if labels.response_flags != "-":
+            at_open = dataclasses.replace(labels, response_flags="-")
+        series = self._series.get(at_open) or self._series.get(_overflow(labels.reporter))
+        if series is not None and series.open_now:
+            series.open_now -= 1
+
+    def failed(self, labels: TcpLabels) -> None:
+        """A connection could not be established; `response_flags` says why."""
+        self._find(labels).failed.inc()
+
+    def bytes(self, labels: TcpLabels, sent: int, received: int) -> None:
+        """Add bytes: `sent` from server to client, `received` from client to server."""
+        series = self._find(labels)
+        series.sent.inc(sent)
+        series.received.inc(received)
+
+    def expire(self) -> int:
+        """Forget label sets that have no open connection and were not touched for
+        `idle_seconds`; returns how many.
+        """
+        now = self._clock()
+        self._next_expiry = now + 1.0
+        stale = [
+            labels
+            for labels, one in self._series.items()
+            if not one.open_now and one.last_used < now - self._idle
+        ]
+        for labels in stale:
+            del self._series[labels]
+            values = _values(labels)
+            for counter in self._counters:
+                counter.remove(*values)
+        self._expired.inc(len(stale))
+        return len(stale)
+
+    def _find(self, labels: TcpLabels) -> _TcpSeries:
+        series = self._series.get(labels)
+        if series is None:
+            series = self._add(labels)
+        series.last_used = self._clock()
+        return series
+
+    def _add(self, labels: TcpLabels) -> _TcpSeries:
+        if len(self._series) >= self._max and self._clock() >= self._next_expiry:
+            self.expire()  # at most once a second: it looks at every label set
+        if len(self._series) >= self._max:
+            self._overflows.inc()
+            labels = _overflow(labels.reporter)
+            found = self._series.get(labels)
+            if found is not None:
+                return found
+        series = self._series[labels] = _TcpSeries(self._counters, _values(labels))
+        return series
+
+
+def _overflow(reporter: Reporter) -> TcpLabels:
+    rest = {name: OVERFLOW for name in _TCP_LABEL_NAMES if name != "reporter"}
+    return TcpLabels(reporter=reporter, **rest)
+
+
+TerminationReason = Literal["ConnectionError", "Error", "Reconnect", "Complete"]
+
+
+class XdsMetrics:
+    """What the xDS client saw; `url` is a type URL."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._terminations = Counter(
+            "istio_xds_connection_terminations",
+            "xDS connections that ended",
+            ["reason"],
+            registry=registry,
+        )
+        self._messages = Counter(
+            "istio_xds_message", "xDS responses received", ["url"], registry=registry
+        )
+        self._bytes = Counter(
+            "istio_xds_message_bytes", "Bytes of xDS responses", ["url"], registry=registry
+        )
+        self._rejected = Counter(
+            "ambit_xds_rejected", "xDS responses answered with NACK", ["url"], registry=registry
+        )
+        self._last = Gauge(
+            "ambit_xds_last_message_timestamp_seconds",
+            "When the last response came, Unix seconds",
+            ["url"],
+            registry=registry,
+        )
+
+    def terminated(self, reason: TerminationReason) -> None:
+        """The connection to the control plane ended."""
+        self._terminations.labels(reason).inc()
+
+    def message(self, url: str, size_bytes: int) -> None:
+        """One response arrived."""
+        self._messages.labels(url).inc()
+        self._bytes.labels(url).inc(size_bytes)
+        self._last.labels(url).set_to_current_time()
+
+    def rejected(self, url: str) -> None:
+        """One response was answered with NACK."""
+        self._rejected.labels(url).inc()
+
+
+@dataclass(frozen=True, slots=True)
+class DnsLabels:
+    """Labels of the DNS metrics."""
+
+    request_query_type: str
+    request_protocol: Literal["udp", "tcp"]
+    source_canonical_service: str = UNKNOWN
+    source_canonical_revision: str = UNKNOWN
+
+
+class DnsMetrics:
+    """Questions to the DNS capture and to its upstream resolvers."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        names = tuple(field.name for field in dataclasses.fields(DnsLabels))
+
+        def counter(name: str, doc: str) -> Counter:
+            return Counter(name, doc, names, registry=registry)
+
+        self._requests = counter("istio_dns_requests", "DNS questions received")
+        self._upstream = counter("istio_dns_upstream_requests", "Questions forwarded upstream")
+        self._failures = counter(
+            "istio_dns_upstream_failures", "Forwarded questions without an answer"
+        )
+        self._seconds = Histogram(
+            "istio_dns_upstream_request_duration_seconds",
+            "Time to an upstream answer",
+            names,
+            buckets=(0.0005, 0.001, 0.01, 0.1, 1.0, 5.0),
+            registry=registry,
+        )
+
+    def request(self, labels: DnsLabels) -> None:
+        """A question came in."""
+        self._requests.labels(*dataclasses.astuple(labels)).inc()
+
+    def upstream(self, labels: DnsLabels, seconds: float, *, failed: bool = False) -> None:
+        """A question was forwarded and answered, or given up, after `seconds`."""
+        values = dataclasses.astuple(labels)
+        self._upstream.labels(*values).inc()
+        self._seconds.labels(*values).observe(seconds)
+        if failed:
+            self._failures.labels(*values).inc()
+
+
+class WorkloadManagerMetrics:
+    """Proxies that run inside pods of this node."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.active = Gauge(
+            "workload_manager_active_proxy_count", "Proxies running", registry=registry
+        )
+        self.pending = Gauge(
+            "workload_manager_pending_proxy_count",
+            "Proxies waiting for their workload or for a retry",
+            registry=registry,
+        )
+        self.started = Counter(
+            "workload_manager_proxies_started", "Proxies started", registry=registry
+        )
+        self.stopped = Counter(
+            "workload_manager_proxies_stopped", "Proxies stopped", registry=registry
+        )
+
+
+def new_registry(component: str, version: str) -> CollectorRegistry:
+    """A registry with `istio_build` and the `process_*` metrics of this process."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    build = Gauge("istio_build", "Component and version", ["component", "tag"], registry=registry)
+    build.labels(component, version).set(1)
+    return registry
+
+
+async def watch_loop_lag(
+    registry: CollectorRegistry, *, interval_seconds: float = LAG_INTERVAL_SECONDS
+) -> None:
+    """Publish how late the event loop wakes a sleeper, in seconds. If cancelled: ends."""
+    lag = Gauge("ambit_event_loop_lag_seconds", "Latest lateness of a timer", registry=registry)
+    worst = Gauge(
+        "ambit_event_loop_lag_max_seconds", "Worst lateness since the start", registry=registry
+    )
+    highest = 0.0
+    while True:
+        due = trio.current_time() + interval_seconds
+        await trio.sleep_until(due)
+        late = max(0.0, trio.current_time() - due)
+        highest = max(highest, late)
+        lag.set(late)
+        worst.set(highest)
+
+
+async def expire_idle(*metrics: TcpMetrics, interval_seconds: float = 60.0) -> None:
+    """Forget idle label sets once a minute. If cancelled: ends."""
+    while True:
+        await trio.sleep(interval_seconds)
+        for one in metrics:
+            one.expire()
+
+
+def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
+    """The exposition and its content type; OpenMetrics when the `Accept` header asks for it.
+
+    Large registries take tens of milliseconds: call it in a worker thread.
+    """
+    encoder, content_type = choose_encoder(accept)
+    return encoder(registry), content_type

@@ -1,0 +1,1 @@
+"""Workload xDS: the delta client, and the translation between wire and model."""

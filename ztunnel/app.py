@@ -1,0 +1,233 @@
+"""The node proxy as one tree of nurseries. Read this first.
+
+    main
+    ├─ readiness, metrics, admin       15021, 15020, 15000 in our own namespace
+    ├─ reactor, access log, metrics' upkeep
+    ├─ certificates                    SecretManager: fetch and renew
+    ├─ connections                     judged again when policy changes
+    ├─ xDS                             fills the Store
+    └─ pods                            after the first xDS sync: ZDS, then per pod
+       └─ PodProxy                     15001, 15006, 15008, 15053 inside the pod
+          └─ one task per connection
+
+Cancelling a branch cuts what hangs on it. SIGTERM drains: listeners close, tunnels say
+GOAWAY, connections may finish until the deadline.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import trio
+
+from mesh import __version__
+from mesh.errors import ConfigError, KernelError
+from mesh.model.store import Changed, Store
+from mesh.reactor import Reactor
+from mesh.runtime import lifecycle, log, metrics
+from mesh.runtime.admin import (
+    AdminApp,
+    Readiness,
+    Request,
+    Response,
+    admin_app,
+    metrics_app,
+    readiness_app,
+)
+from mesh.runtime.lifecycle import Shutdown
+from mesh.secrets import SecretManager, fetch_certificate
+from mesh.sockets import open_listener
+from mesh.xds.client import TYPES, NodeInfo, run_xds
+from ztunnel import dump
+from ztunnel.config import ZtunnelConfig
+from ztunnel.connections import Connections, Judges
+from ztunnel.control import Endpoint, parse_address
+from ztunnel.dns import read_resolv_conf
+from ztunnel.dns_plan import Names
+from ztunnel.node import Node
+from ztunnel.pods import Pods
+from ztunnel.prefetch import NodeIdentities
+from ztunnel.record import Journal
+
+_log = log.get("app")
+
+
+async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
+    """Run until asked to stop, then drain. Raises ConfigError, KernelError.
+
+    If cancelled: every connection is cut.
+    """
+    _raise_file_limit()
+    xds, authority = _endpoints(config)
+    registry = metrics.new_registry("ztunnel", __version__)
+    tcp_metrics = metrics.TcpMetrics(registry)
+    access = log.AccessLog()
+    readiness = Readiness()
+    synced = readiness.task("state manager")
+    with Reactor(_report_bug) as reactor:
+        node = _node(config, reactor, authority, Journal(access, tcp_metrics), registry)
+        pods = Pods(node, metrics.WorkloadManagerMetrics(registry), readiness)
+        async with trio.open_nursery() as nursery:
+            start = nursery.start_soon
+            await _serve(nursery, config.readiness_address, readiness_app(readiness))
+            await _serve(nursery, config.stats_address, metrics_app(registry))
+            await _serve(nursery, config.admin_address, _admin(node, pods, shutdown))
+            start(reactor.run)
+            start(access.run)
+            start(metrics.expire_idle, tcp_metrics)
+            start(metrics.watch_loop_lag, registry)
+            start(node.secrets.run)
+            start(node.connections.run)
+            has_state = trio.Event()
+            start(_run_xds, node, xds, metrics.XdsMetrics(registry), has_state)
+            start(_run_pods, pods, has_state, synced.done)
+            await shutdown.wait()
+            _log.info("draining", connections=len(node.connections), seconds=config.drain_seconds)
+            await pods.drain(config.drain_seconds)
+            nursery.cancel_scope.cancel()
+
+
+def _endpoints(config: ZtunnelConfig) -> tuple[Endpoint, Endpoint]:
+    """xDS and the certificate authority."""
+    xds_host, xds_port = parse_address(config.xds_address, "XDS_ADDRESS")
+    ca_host, ca_port = parse_address(config.ca_address, "CA_ADDRESS")
+    token, cluster = config.auth_token, config.cluster_id
+    return (
+        Endpoint(xds_host, xds_port, config.xds_root_ca, token, cluster),
+        Endpoint(ca_host, ca_port, config.ca_root_ca, token, cluster),
+    )
+
+
+def _node(
+    config: ZtunnelConfig, reactor: Reactor, authority: Endpoint, journal: Journal, registry: Any
+) -> Node:
+    store = Store()
+    judges = Judges(store)
+    ttl = int(config.secret_ttl_seconds)
+    return Node(
+        config=config,
+        store=store,
+        reactor=reactor,
+        secrets=SecretManager(lambda each: fetch_certificate(authority.open, each, ttl)),
+        judges=judges,
+        connections=Connections(store, judges, journal),
+        dns_metrics=metrics.DnsMetrics(registry),
+        names=Names(config.cluster_domain, config.preferred_namespace),
+        dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
+    )
+
+
+async def _run_xds(
+    node: Node, endpoint: Endpoint, observer: metrics.XdsMetrics, has_state: trio.Event
+) -> None:
+    """Keep the Store filled; what a change concerns is told to whom it concerns."""
+    identities = NodeIdentities(node.config.node_name)
+
+    def changed(change: Changed) -> None:
+        needs = identities.changed(change.workloads, node.store)
+        for identity in needs.fetch:
+            node.secrets.prefetch(identity)
+        for identity in needs.drop:
+            node.secrets.forget(identity)
+            node.contexts.forget(identity)
+        node.connections.changed(change)
+        node.watch.notify()
+
+    waiting = set(TYPES)
+
+    def ready(type_url: str) -> None:
+        waiting.discard(type_url)
+        if not waiting:
+            has_state.set()
+
+    config = node.config
+    await run_xds(
+        endpoint.open,
+        NodeInfo(
+            pod_name=config.pod_name,
+            namespace=config.pod_namespace,
+            node_name=config.node_name,
+            addresses=tuple(config.instance_ip.split(",")),
+            cluster_domain=config.cluster_domain,
+            metadata=_metadata(config),
+        ),
+        node.store,
+        on_change=changed,
+        on_ready=ready,
+        observer=observer,
+        report=_report_xds,
+        rng=node.rng,
+    )
+
+
+def _report_xds(event: str, fields: Mapping[str, object]) -> None:
+    failed = fields.get("error") or fields.get("reasons")
+    (_log.warning if failed else _log.info)(event, **fields)
+
+
+def _metadata(config: ZtunnelConfig) -> dict[str, str]:
+    """What the controller may want to know besides the standard fields."""
+    facts = {"CLUSTER_ID": config.cluster_id, "NETWORK": config.network}
+    return {name: value for name, value in facts.items() if value}
+
+
+async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
+    """Pods are served only once policy is known: before that nothing could be judged."""
+    await has_state.wait()
+    _log.info("xds_synced")
+    synced()
+    await pods.run()
+
+
+async def _serve(nursery: trio.Nursery, address: str, app: AdminApp) -> None:
+    listeners = _listen(address)
+    await nursery.start(functools.partial(app.serve, listeners))
+
+
+def _listen(address: str) -> list[socket.socket]:
+    """Listeners for `host:port`; `localhost` is both loopback addresses."""
+    host, found, port = address.rpartition(":")
+    if not found or not port.isdigit():
+        raise ConfigError(f"not an address: {address!r}", hint="give host:port")
+    if host != "localhost":
+        return [open_listener(int(port), host=host.strip("[]") or "::")]
+    listeners = [open_listener(int(port), host="127.0.0.1")]
+    if socket.has_ipv6:
+        try:
+            listeners.append(open_listener(int(port), host="::1"))
+        except KernelError:
+            _log.info("no_ipv6_loopback", address=address)
+    return listeners
+
+
+def _admin(node: Node, pods: Pods, shutdown: Shutdown) -> AdminApp:
+    app = admin_app("ztunnel", shutdown)
+
+    async def config_dump(_: Request) -> Response:
+        body = dump.dump_store(node.store) | {
+            "staticConfig": {},
+            "version": __version__,
+            "config": dump.dump_config(node.config),
+            "certificates": dump.dump_certificates(node.secrets.entries()),
+            "workloadState": dump.dump_pods(pods, node.connections),
+        }
+        text = json.dumps(body, default=str, indent=2)
+        return Response(200, "application/json", text.encode())
+
+    app.route("/config_dump", config_dump)
+    return app
+
+
+def _report_bug(error: Exception, where: object) -> None:
+    lifecycle.report_bug(f"reactor: {type(where).__name__}", error)
+
+
+def _raise_file_limit() -> None:
+    # Every connection is two descriptors, every pod eight; the soft limit is for shells.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

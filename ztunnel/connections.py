@@ -1,0 +1,260 @@
+"""Every open connection of this node: tracked, recorded, listed, and judged again.
+
+A connection is admitted by a Permit and lives inside one cancel scope. When a policy, or the
+workload it ends at, changes, its facts are judged anew; what is no longer permitted is cut
+("closed due to policy change") and both ends see a reset. A connection whose own
+workload got another identity is cut in both directions: it was opened in another's name.
+
+`carry` runs one connection's work and writes its record, exactly once, whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+from mesh.authz import Compiler, ConnectionContext, Judge, Permit
+from mesh.errors import MeshError, Refusal
+from mesh.hbone.relay import RelayResult
+from mesh.identity import SpiffeId
+from mesh.model.store import Changed, Store
+from mesh.model.workload import Workload
+from mesh.runtime import lifecycle, log
+from ztunnel.record import Ending, Journal, Record
+
+PROGRESS_SECONDS = 5.0
+_BREATH = 100
+
+_log = log.get("connections")
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """One connection. `context` is what policy judged, None for outbound ones, whose
+    destination judges. `cut` says why it was cut.
+    """
+
+    record: Record
+    pod_uid: str
+    workload_uid: str
+    identity: SpiffeId
+    context: ConnectionContext | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    cut: Refusal | None = None
+
+    _late: Refusal | None = None
+
+    def limit(self, seconds: float, late: Refusal) -> None:
+        """What happens next must be over in `seconds`, or the connection ends as `late`.
+
+        The connection's own scope carries the deadline: a second one costs more than it says.
+        """
+        self._late = late
+        self.scope.deadline = trio.current_time() + seconds
+
+    def unlimit(self) -> None:
+        """It was over in time."""
+        self._late = None
+        self.scope.deadline = float("inf")
+
+    @property
+    def ended_by(self) -> Refusal | None:
+        """Why the scope was cancelled, if it was by us."""
+        return self.cut or self._late
+
+    def end(self, refusal: Refusal) -> None:
+        """Cut it now. The first reason stays."""
+        if self.cut is None:
+            self.cut = refusal
+            self.scope.cancel()
+
+
+class Judges:
+    """The judge of each local workload, compiled when first asked after a change."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._compiler = Compiler()
+        self._version = store.policies_version
+        self._judges: dict[str, tuple[Workload, Judge, Judge | None]] = {}
+
+    def evaluate(self, workload: Workload, context: ConnectionContext) -> Permit | Refusal:
+        """Judge a connection to `workload`; what a dry-run policy would refuse is logged."""
+        _, judge, rehearsal = self._judge(workload)
+        verdict = judge.evaluate(context)
+        if rehearsal is not None and isinstance(verdict, Permit):
+            would = rehearsal.evaluate(context)
+            if isinstance(would, Refusal):
+                _log.info(
+                    "dry_run_refusal",
+                    policy=would.policy,
+                    reason=would.reason,
+                    src_identity=str(context.source_identity or ""),
+                    src_ip=context.source_ip,
+                    dst_workload=workload.uid,
+                )
+        return verdict
+
+    def forget(self, workload_uid: str) -> None:
+        """The workload is no longer served here."""
+        self._judges.pop(workload_uid, None)
+
+    def _judge(self, workload: Workload) -> tuple[Workload, Judge, Judge | None]:
+        if self._version != self._store.policies_version:
+            self._version = self._store.policies_version
+            self._judges.clear()
+            self._compiler.retain(frozenset(each.key for each in self._store.policies()))
+        known = self._judges.get(workload.uid)
+        if known is None or known[0] is not workload:
+            policies = self._store.policies_for(workload)
+            rehearsal = None
+            if any(each.dry_run for each in policies):
+                rehearsal = self._compiler.judge(policies, enforce_dry_run=True)
+            known = (workload, self._compiler.judge(policies), rehearsal)
+            self._judges[workload.uid] = known
+        return known
+
+
+class Connections:
+    """The open connections. `run` judges again and reports progress; keep it going."""
+
+    def __init__(self, store: Store, judges: Judges, journal: Journal) -> None:
+        self._store = store
+        self._judges = judges
+        self._journal = journal
+        self._open: dict[Tracked, None] = {}
+        self._policies_changed = False
+        self._changed_workloads: set[str] = set()
+        self._wake = trio.Event()
+        self._changed = trio.Event()
+
+    def __iter__(self) -> Iterator[Tracked]:
+        return iter(tuple(self._open))
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def track(self, record: Record, pod_uid: str, workload: Workload) -> Tracked:
+        """An outbound connection in the name of `workload`."""
+        return self._add(Tracked(record, pod_uid, workload.uid, workload.identity))
+
+    def admit(
+        self,
+        permit: Permit,
+        record: Record,
+        pod_uid: str,
+        workload: Workload,
+        context: ConnectionContext,
+    ) -> Tracked:
+        """An inbound connection to `workload`; nobody gets in without a Permit."""
+        record.policy = permit.policy
+        return self._add(Tracked(record, pod_uid, workload.uid, workload.identity, context))
+
+    def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
+        """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
+        tracked.record.counters = counters
+        self._journal.opened(tracked.record)
+
+    async def carry(
+        self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
+    ) -> None:
+        """Run `work` in the connection's scope and write its record.
+
+        A MeshError of `work` ends in the record. If cancelled: `work` is cancelled, and the
+        record says that this proxy stopped.
+        """
+        ending = Ending(error="closed because this proxy stopped serving the pod")
+        try:
+            with tracked.scope:
+                result = await work(tracked)
+                ending = Ending(
+                    error=result.error or "",
+                    bytes_to_tunnel=result.bytes_to_tunnel,
+                    bytes_from_tunnel=result.bytes_from_tunnel,
+                )
+            cause = tracked.ended_by
+            if tracked.scope.cancelled_caught and cause is not None:
+                ending = Ending(cause.flag, cause.reason, cause.hint)
+                tracked.record.policy = cause.policy or tracked.record.policy
+        except MeshError as exc:
+            ending = Ending(exc.flag, str(exc), exc.hint)
+        finally:
+            self._finish(tracked, ending)
+
+    def refused(self, record: Record, refusal: Refusal) -> None:
+        """Write the record of a connection that was never admitted."""
+        record.policy = refusal.policy
+        ending = Ending(refusal.flag, refusal.reason, refusal.hint)
+        self._journal.finished(record, ending, trio.current_time())
+
+    def failed(self, record: Record, error: MeshError) -> None:
+        """Write the record of a connection that failed before a decision was possible."""
+        ending = Ending(error.flag, str(error), error.hint)
+        self._journal.finished(record, ending, trio.current_time())
+
+    def changed(self, changed: Changed) -> None:
+        """The Store changed: judge again what that concerns, soon."""
+        if changed.policies:
+            self._policies_changed = True
+        self._changed_workloads |= changed.workloads
+        if self._policies_changed or self._changed_workloads:
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Judge again after changes, and report bytes now and then, for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report)
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                await self._rejudge()
+
+    async def wait_empty(self, pod_uid: str | None = None) -> None:
+        """Until no connection (of a pod) is open. If cancelled: nothing is changed."""
+        while any(pod_uid in (None, each.pod_uid) for each in self._open):
+            await self._changed.wait()
+
+    async def _rejudge(self) -> None:
+        everybody, self._policies_changed = self._policies_changed, False
+        workloads, self._changed_workloads = self._changed_workloads, set()
+        for count, tracked in enumerate(tuple(self._open)):
+            if everybody or tracked.workload_uid in workloads:
+                await lifecycle.guard("rejudge", self._rejudge_one, tracked)
+            if count % _BREATH == _BREATH - 1:
+                await trio.lowlevel.checkpoint()
+
+    async def _rejudge_one(self, tracked: Tracked) -> None:
+        workload = self._store.workload_by_uid(tracked.workload_uid)
+        # A workload that the controller dropped is on its way out; the node agent ends it.
+        if workload is None:
+            return
+        if workload.identity != tracked.identity:
+            reason = f"closed due to policy change: the workload is now {workload.identity}"
+            tracked.end(Refusal("IDENTITY_ERROR", reason))
+        elif tracked.context is not None:
+            verdict = self._judges.evaluate(workload, tracked.context)
+            if isinstance(verdict, Refusal):
+                reason = f"closed due to policy change: {verdict.reason}"
+                tracked.end(Refusal(verdict.flag, reason, verdict.hint, verdict.policy))
+
+    async def _report(self) -> None:
+        while True:
+            await trio.sleep(PROGRESS_SECONDS)
+            for tracked in tuple(self._open):
+                self._journal.progress(tracked.record)
+
+    def _add(self, tracked: Tracked) -> Tracked:
+        self._open[tracked] = None
+        return tracked
+
+    def _finish(self, tracked: Tracked, ending: Ending) -> None:
+        del self._open[tracked]
+        record = tracked.record
+        if record.counters is not None and not (ending.bytes_to_tunnel or ending.bytes_from_tunnel):
+            to_tunnel, from_tunnel = record.counters()
+            ending = Ending(ending.flag, ending.error, ending.hint, to_tunnel, from_tunnel)
+        self._journal.finished(record, ending, trio.current_time())
+        event, self._changed = self._changed, trio.Event()
+        event.set()

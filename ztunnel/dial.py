@@ -1,0 +1,44 @@
+"""Opening a TCP connection from inside a pod. Only that: no deadline, no choice of address."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+import trio
+
+from mesh.errors import KernelError, Unavailable
+from mesh.sockets import SocketAddress, open_outgoing
+
+_HINTS = {
+    errno.ECONNREFUSED: "nothing listens there",
+    errno.EHOSTUNREACH: "there is no route to it from this node",
+    errno.ENETUNREACH: "there is no route to it from this node",
+}
+
+
+async def dial(
+    namespace: int, destination: SocketAddress, *, source: str | None = None
+) -> socket.socket:
+    """Connect to `destination` from network namespace `namespace`, optionally from a foreign
+    `source` address. The socket is non-blocking and carries the proxy's mark.
+
+    Raises Unavailable. The caller's cancel scope is the timeout. If cancelled: closed.
+    """
+    try:
+        sock = open_outgoing(destination.ip, namespace=namespace, source=source)
+    except KernelError as exc:
+        raise Unavailable(f"cannot dial {destination}: {exc}") from exc
+    try:
+        error = sock.connect_ex(tuple(destination))
+        if error == errno.EINPROGRESS:
+            await trio.lowlevel.wait_writable(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            reason = os.strerror(error).lower()
+            raise Unavailable(f"connect to {destination}: {reason}", hint=_HINTS.get(error, ""))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

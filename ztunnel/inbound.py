@@ -1,0 +1,259 @@
+"""15008 and 15006: connections that reach a pod, judged and handed to the application.
+
+HBONE: mutual TLS in the pod's own name, then per tunnel plan, policy, dial, answer, relay.
+Plaintext: the same without an identity, so that STRICT and every policy that asks for one
+refuse it. The application is dialled from the caller's address. Nothing is decided
+here: see `ztunnel.plan` and `mesh.authz`.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from mesh import sockets
+from mesh.errors import MeshError, Refusal, RemoteProtocolError, Unavailable
+from mesh.hbone.connection import Tunnel, TunnelConnection
+from mesh.hbone.head import parse_authority
+from mesh.hbone.relay import PlainRelay, RelayResult
+from mesh.identity import SpiffeId
+from mesh.model.workload import Workload
+from mesh.runtime import lifecycle
+from mesh.sockets import SocketAddress
+from mesh.tls.context import verify_client_peer
+from ztunnel.connections import Tracked
+from ztunnel.dial import dial
+from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
+from ztunnel.record import Record, baggage_of
+
+if TYPE_CHECKING:
+    from ztunnel.inpod import PodProxy
+
+_STATUS_BAD_REQUEST = 400
+_STATUS_DENIED = 401
+_STATUS_UNAVAILABLE = 503
+
+_PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n\x21"
+_PROXY_TLV_IDENTITY = 0xD0
+
+
+# -- plaintext -----------------------------------------------------------------------
+
+
+async def serve_plaintext(proxy: PodProxy, sock: socket.socket) -> None:
+    """Carry one accepted plaintext connection. If cancelled: both ends see a reset."""
+    node = proxy.node
+    record = proxy.new_record("inbound")
+    try:
+        source = _peer(record, sock)
+        sockets.set_keepalive(sock)
+        destination = sockets.original_destination(sock)
+        record.original_destination = record.destination_address = str(destination)
+        workload = await proxy.wait_workload()
+    except (Unavailable, OSError) as exc:
+        node.connections.failed(record, _gone(exc))
+        return
+    record.destination = workload
+    plan = plan_plaintext(InboundConnection(None, source, destination), workload, node.store)
+    verdict = _judge(proxy, record, workload, plan)
+    if isinstance(verdict, Refusal):
+        node.connections.refused(record, verdict)
+        return
+    tracked, admitted = verdict
+    await node.connections.carry(
+        tracked, functools.partial(_relay_plaintext, proxy, sock, admitted)
+    )
+
+
+async def _relay_plaintext(
+    proxy: PodProxy, sock: socket.socket, plan: InboundPlan, tracked: Tracked
+) -> RelayResult:
+    upstream = await _dial_application(proxy, plan, tracked)
+    relay = PlainRelay(proxy.node.reactor, upstream, sock)
+    proxy.node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
+    return await relay.wait_closed()
+
+
+# -- HBONE ---------------------------------------------------------------------------
+
+
+async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
+    """Serve one tunnel connection until it ends. If cancelled: its tunnels are cut."""
+    node = proxy.node
+    record = proxy.new_record("inbound")
+    try:
+        _peer(record, sock)
+        record.destination_address = str(sockets.from_sockaddr(sock.getsockname()))
+        workload = record.destination = await proxy.wait_workload()
+        certificate = await proxy.certificate(workload.identity)
+        trust_domain = certificate.identity.trust_domain
+        connection = await TunnelConnection.accept(
+            node.reactor,
+            sock,
+            node.contexts.server(certificate),
+            verify=lambda leaf: verify_client_peer(leaf, trust_domain),
+            on_tunnel=functools.partial(_start_tunnel, proxy, workload.identity),
+        )
+    except (MeshError, OSError) as exc:
+        # Before there is a tunnel this line is all that anybody will ever see of it.
+        node.connections.failed(record, _gone(exc))
+        return
+    proxy.inbound_connections.add(connection)
+    try:
+        await connection.run()
+    finally:
+        proxy.inbound_connections.discard(connection)
+
+
+def _start_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
+    proxy.nursery.start_soon(lifecycle.guard, "tunnel", _serve_tunnel, proxy, own, tunnel)
+
+
+async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
+    """Serve one CONNECT of a connection that we accepted as `own`.
+
+    If cancelled: the tunnel is reset.
+    """
+    node = proxy.node
+    try:
+        connection = tunnel.connection
+        record = proxy.new_record("inbound", tunnel.head.traceparent)
+        record.source_address = str(connection.peer_address)
+        record.destination_address = str(connection.local_address)
+        record.hbone_address = tunnel.head.authority
+        record.protocol = "HBONE"
+        record.is_mutual_tls = True
+        record.source_identity, record.peer_baggage = connection.peer, tunnel.head.baggage
+        if tunnel.head.forwarded is not None:
+            record.original_destination = tunnel.head.forwarded.host
+        verdict = _admit_tunnel(proxy, record, own, tunnel)
+        if isinstance(verdict, Refusal):
+            tunnel.refuse(verdict.http_status)
+            node.connections.refused(record, verdict)
+            return
+        tracked, plan, workload = verdict
+        await node.connections.carry(
+            tracked, functools.partial(_relay_tunnel, proxy, tunnel, plan, workload)
+        )
+    finally:
+        # Whoever was not answered hears something, whatever happened here.
+        if not tunnel.is_closed:
+            tunnel.refuse(_STATUS_UNAVAILABLE)
+
+
+def _admit_tunnel(
+    proxy: PodProxy, record: Record, own: SpiffeId, tunnel: Tunnel
+) -> tuple[Tracked, InboundPlan, Workload] | Refusal:
+    workload = proxy.workload
+    if workload is None:
+        return Refusal("CONNECT", "this pod's workload is unknown by now")
+    if workload.identity != own:
+        return Refusal("IDENTITY_ERROR", f"this pod was {own} when the tunnel was opened")
+    record.destination, record.destination_identity = workload, workload.identity
+    try:
+        authority = parse_authority(tunnel.head.authority)
+    except RemoteProtocolError as exc:
+        return Refusal("CONNECT", str(exc), http_status=_STATUS_BAD_REQUEST)
+    connection = tunnel.connection
+    arrived = InboundConnection(connection.peer, connection.peer_address, connection.local_address)
+    host = tunnel.head.forwarded.host if tunnel.head.forwarded is not None else ""
+    plan = plan_inbound(arrived, authority, workload, proxy.node.store, host)
+    verdict = _judge(proxy, record, workload, plan)
+    return verdict if isinstance(verdict, Refusal) else (*verdict, workload)
+
+
+async def _relay_tunnel(
+    proxy: PodProxy, tunnel: Tunnel, plan: InboundPlan, workload: Workload, tracked: Tracked
+) -> RelayResult:
+    upstream = None
+    try:
+        upstream = await _dial_application(proxy, plan, tracked)
+        if plan.sends_proxy_header:
+            upstream.send(_proxy_header(plan, tunnel))
+    except OSError as exc:
+        raise Unavailable(f"the application left: {exc.strerror}") from exc
+    finally:
+        if upstream is None and not tunnel.is_closed:
+            cut_by_policy = tracked.cut is not None
+            tunnel.refuse(_STATUS_DENIED if cut_by_policy else _STATUS_UNAVAILABLE)
+    tunnel.respond(baggage=baggage_of(workload))
+    tunnel.relay(upstream)
+    proxy.node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
+    return await tunnel.wait_closed()
+
+
+# -- both ----------------------------------------------------------------------------
+
+
+def _judge(
+    proxy: PodProxy, record: Record, workload: Workload, plan: InboundPlan | Refusal
+) -> tuple[Tracked, InboundPlan] | Refusal:
+    """Plan, then policy, then admission: nothing may come between the last two."""
+    if isinstance(plan, Refusal):
+        return plan
+    record.source, record.service = plan.source_workload, plan.service
+    verdict = proxy.node.judges.evaluate(workload, plan.context)
+    if isinstance(verdict, Refusal):
+        return verdict
+    tracked = proxy.node.connections.admit(verdict, record, proxy.pod.uid, workload, plan.context)
+    return tracked, plan
+
+
+async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked) -> socket.socket:
+    config = proxy.node.config
+    late = Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
+    tracked.limit(config.connect_timeout_seconds, late)
+    source = plan.spoofed_source if config.keeps_source_address else None
+    upstream = await dial(proxy.namespace, plan.upstream, source=source)
+    tracked.unlimit()
+    return upstream
+
+
+def _peer(record: Record, sock: socket.socket) -> SocketAddress:
+    peer = sockets.from_sockaddr(sock.getpeername())
+    record.source_address = str(peer)
+    return peer
+
+
+def _gone(exc: MeshError | OSError) -> MeshError:
+    return exc if isinstance(exc, MeshError) else Unavailable(f"the peer left: {exc.strerror}")
+
+
+def _proxy_header(plan: InboundPlan, tunnel: Tunnel) -> bytes:
+    """PROXY protocol v2: who calls whom, and as TLV 0xD0 the proven identity."""
+    source = tunnel.connection.peer_address
+    destination = _proxied_destination(plan, tunnel)
+    source_ip = ipaddress.ip_address(source.ip)
+    destination_ip = ipaddress.ip_address(destination.ip)
+    if source_ip.version != destination_ip.version:
+        # The header has room for one family; IPv4 fits into IPv6.
+        source_ip, destination_ip = _as_v6(source_ip), _as_v6(destination_ip)
+    family = 0x11 if source_ip.version == 4 else 0x21
+    identity = str(tunnel.connection.peer).encode()
+    body = (
+        source_ip.packed
+        + destination_ip.packed
+        + struct.pack("!HH", source.port, destination.port)
+        + struct.pack("!BH", _PROXY_TLV_IDENTITY, len(identity))
+        + identity
+    )
+    return _PROXY_V2 + struct.pack("!BH", family, len(body)) + body
+
+
+def _proxied_destination(plan: InboundPlan, tunnel: Tunnel) -> SocketAddress:
+    authority = parse_authority(tunnel.head.authority)
+    if authority.is_ip:
+        return SocketAddress(authority.host, authority.port)
+    addresses = [each.address for each in plan.service.addresses] if plan.service else []
+    addresses.sort(key=lambda each: ":" in each)
+    ip = addresses[0] if addresses else plan.context.destination_ip
+    return SocketAddress(ip, authority.port)
+
+
+def _as_v6(
+    ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv6Address:
+    return ip if ip.version == 6 else ipaddress.IPv6Address(b"\0" * 10 + b"\xff\xff" + ip.packed)

@@ -1,0 +1,106 @@
+"""What all pods of this node share: the Store, the certificates, the reactor, the records.
+
+No behaviour of its own beyond keeping TLS contexts as long as their certificates, and
+waking those who wait for the Store to learn something.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from mesh.identity import SpiffeId
+from mesh.model.store import Store
+from mesh.reactor import Reactor
+from mesh.runtime.metrics import DnsMetrics
+from mesh.secrets import SecretManager
+from mesh.sockets import SocketAddress
+from mesh.tls import context as tls
+from mesh.tls.certificate import Certificate
+from ztunnel.config import ZtunnelConfig
+from ztunnel.connections import Connections, Judges
+from ztunnel.dns_plan import Names
+
+T = TypeVar("T")
+
+
+class StoreWatch:
+    """Wakes up who waits for the Store to change."""
+
+    def __init__(self) -> None:
+        self._changed = trio.Event()
+
+    def notify(self) -> None:
+        """The Store changed."""
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+
+    async def wait_until(self, lookup: Callable[[], T | None], seconds: float) -> T | None:
+        """What `lookup` finds, now or within `seconds`; None when it never does.
+
+        If cancelled: nothing is changed.
+        """
+        found = lookup()
+        if found is not None:
+            return found
+        with trio.move_on_after(seconds):
+            while found is None:
+                await self._changed.wait()
+                found = lookup()
+        return found
+
+
+class TlsContexts:
+    """TLS contexts by identity, rebuilt when the certificate behind them was renewed."""
+
+    def __init__(self) -> None:
+        self._servers: dict[SpiffeId, tuple[Certificate, ssl.SSLContext]] = {}
+        self._clients: dict[SpiffeId, tuple[Certificate, ssl.SSLContext]] = {}
+
+    def server(self, certificate: Certificate) -> ssl.SSLContext:
+        """For accepting tunnels. Raises IdentityError."""
+        return _kept(self._servers, certificate, tls.server_context)
+
+    def client(self, certificate: Certificate) -> ssl.SSLContext:
+        """For dialling tunnels. Raises IdentityError."""
+        return _kept(self._clients, certificate, tls.client_context)
+
+    def forget(self, identity: SpiffeId) -> None:
+        """Its certificate was dropped."""
+        self._servers.pop(identity, None)
+        self._clients.pop(identity, None)
+
+
+def _kept(
+    contexts: dict[SpiffeId, tuple[Certificate, ssl.SSLContext]],
+    certificate: Certificate,
+    make: Callable[[Certificate], ssl.SSLContext],
+) -> ssl.SSLContext:
+    kept = contexts.get(certificate.identity)
+    if kept is None or kept[0] is not certificate:
+        kept = contexts[certificate.identity] = (certificate, make(certificate))
+    return kept[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The parts that every captured pod's proxy works with."""
+
+    config: ZtunnelConfig
+    store: Store
+    reactor: Reactor
+    secrets: SecretManager
+    judges: Judges
+    connections: Connections
+    dns_metrics: DnsMetrics
+    names: Names
+    dns_servers: tuple[SocketAddress, ...]
+    watch: StoreWatch = field(default_factory=StoreWatch)
+    contexts: TlsContexts = field(default_factory=TlsContexts)
+    # Spreads load and names traces; nothing secret depends on it.
+    rng: random.Random = field(default_factory=random.Random)

@@ -1,0 +1,131 @@
+"""15001: connections that the application in a pod opened, carried to where they belong.
+
+Original destination, workload, plan, then a tunnel or a plain dial, then the relay. The
+application's connect has succeeded already, so a failure shows as a reset. Nothing is
+decided here: see `ztunnel.plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from typing import TYPE_CHECKING
+
+from mesh import sockets
+from mesh.errors import Denied, Refusal, Unavailable
+from mesh.hbone.head import ConnectHead, Forwarded, traceparent
+from mesh.hbone.pool import PoolKey
+from mesh.hbone.relay import PlainRelay, RelayResult
+from mesh.model.workload import Workload
+from mesh.sockets import SocketAddress
+from ztunnel.connections import Tracked
+from ztunnel.dial import dial
+from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_outbound
+from ztunnel.record import Record, baggage_of
+
+if TYPE_CHECKING:
+    from ztunnel.inpod import PodProxy
+
+RESPONSE_SECONDS = 30.0
+_STATUS_OK = 200
+_STATUS_DENIED = frozenset({401, 403})
+
+
+async def serve(proxy: PodProxy, sock: socket.socket) -> None:
+    """Carry one accepted connection. If cancelled: both ends see a reset."""
+    node = proxy.node
+    record = proxy.new_record("outbound")
+    try:
+        destination = _addresses(record, sock)
+        workload = await proxy.wait_workload()
+    except Unavailable as exc:
+        node.connections.failed(record, exc)
+        return
+    record.source, record.source_identity = workload, workload.identity
+    plan = plan_outbound(workload, destination, node.store, node.rng)
+    if isinstance(plan, Refusal):
+        node.connections.refused(record, plan)
+        return
+    record.destination, record.service = plan.workload, plan.service
+    record.destination_address, record.hbone_address = str(plan.next_hop), plan.authority
+    record.protocol = plan.carrier.value
+    tracked = node.connections.track(record, proxy.pod.uid, workload)
+    carry = _tunnel if plan.carrier is Carrier.HBONE else _passthrough
+    await node.connections.carry(tracked, functools.partial(carry, proxy, sock, workload, plan))
+
+
+def _addresses(record: Record, sock: socket.socket) -> SocketAddress:
+    """Note who dialled whom; the original destination. Raises Unavailable when it is gone."""
+    try:
+        record.source_address = str(sockets.from_sockaddr(sock.getpeername()))
+        sockets.set_keepalive(sock)
+    except OSError as exc:
+        raise Unavailable(f"the application left: {exc.strerror}") from exc
+    destination = sockets.original_destination(sock)
+    record.original_destination = record.destination_address = str(destination)
+    return destination
+
+
+async def _passthrough(
+    proxy: PodProxy, sock: socket.socket, _source: Workload, plan: OutboundPlan, tracked: Tracked
+) -> RelayResult:
+    node = proxy.node
+    seconds = node.config.connect_timeout_seconds
+    tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
+    address = await _resolve(proxy, plan.next_hop, tracked)
+    upstream = await dial(proxy.namespace, address)
+    tracked.unlimit()
+    relay = PlainRelay(node.reactor, sock, upstream)
+    node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
+    return await relay.wait_closed()
+
+
+async def _resolve(proxy: PodProxy, hop: NextHop, tracked: Tracked) -> SocketAddress:
+    if not hop.is_hostname:
+        return SocketAddress(hop.host, hop.port)
+    wants_v6 = tracked.record.source_address.startswith("[")
+    addresses = await proxy.forwarder.resolve(hop.host, wants_v6=wants_v6)
+    return SocketAddress(proxy.node.rng.choice(addresses), hop.port)
+
+
+async def _tunnel(
+    proxy: PodProxy, sock: socket.socket, source: Workload, plan: OutboundPlan, tracked: Tracked
+) -> RelayResult:
+    node, record = proxy.node, tracked.record
+    record.is_mutual_tls = True
+    key = PoolKey(
+        source=tracked.identity,
+        expected=plan.expected,
+        address=SocketAddress(plan.next_hop.host, plan.next_hop.port),
+        source_ip=record.source_address.rpartition(":")[0].strip("[]"),
+    )
+    tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
+    connection = await proxy.pool.acquire(key)
+    record.destination_identity = connection.peer
+    tunnel = connection.open_tunnel(_head(proxy, source, plan, record))
+    response = await tunnel.wait_response()
+    tracked.unlimit()
+    if response.status in _STATUS_DENIED:
+        raise Denied(
+            f"{plan.next_hop} refused {plan.authority} by policy ({response.status})",
+            hint="its access log names the policy",
+        )
+    if response.status != _STATUS_OK:
+        raise Unavailable(
+            f"{plan.next_hop} could not serve {plan.authority} ({response.status})",
+            hint="its access log says why",
+        )
+    tunnel.relay(sock)
+    node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
+    return await tunnel.wait_closed()
+
+
+def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record) -> ConnectHead:
+    parent = bytes.fromhex(record.id) + proxy.node.rng.randbytes(8)
+    host = plan.service.hostname if plan.service is not None else ""
+    return ConnectHead(
+        authority=plan.authority,
+        baggage=baggage_of(source),
+        forwarded=Forwarded(record.source_address, host),
+        traceparent=traceparent(parent),
+    )

@@ -1,0 +1,265 @@
+"""What a connection tells when it is over: one access-log line and one set of metrics.
+
+`Record` gathers facts while the connection lives; `Journal` writes them, exactly once.
+Field and label names are Istio's. The log counts bytes by viewpoint (`bytes_sent` is what
+this end put into the tunnel), the metrics by application (`received` is client to server).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from mesh.hbone.head import Baggage
+from mesh.identity import SpiffeId
+from mesh.model.service import Service
+from mesh.model.workload import Workload
+from mesh.runtime.metrics import UNKNOWN, TcpLabels, tcp_directions
+
+Direction = Literal["inbound", "outbound"]
+
+
+class AccessSink(Protocol):
+    """Where access-log lines go."""
+
+    def record(self, fields: dict[str, object]) -> None:
+        """Queue one line."""
+        ...
+
+
+class TcpSink(Protocol):
+    """Where the TCP metrics go."""
+
+    def opened(self, labels: TcpLabels) -> None:
+        """A connection was established."""
+        ...
+
+    def closed(self, labels: TcpLabels) -> None:
+        """It ended."""
+        ...
+
+    def failed(self, labels: TcpLabels) -> None:
+        """It could not be established."""
+        ...
+
+    def bytes(self, labels: TcpLabels, sent: int, received: int) -> None:
+        """Bytes by application direction."""
+        ...
+
+
+@dataclass(slots=True)
+class Record:
+    """One connection's facts. `started` is a monotonic time in seconds.
+
+    `counters` gives (bytes into the tunnel, bytes out of it) while the relay runs.
+    """
+
+    id: str
+    direction: Direction
+    started: float
+    source_address: str = ""
+    destination_address: str = ""
+    original_destination: str = ""
+    hbone_address: str = ""
+    protocol: str = "TCP"
+    source: Workload | None = None
+    destination: Workload | None = None
+    service: Service | None = None
+    source_identity: SpiffeId | None = None
+    destination_identity: SpiffeId | None = None
+    peer_baggage: Baggage | None = None
+    is_mutual_tls: bool = False
+    policy: str = ""
+    counters: Callable[[], tuple[int, int]] | None = None
+    is_open: bool = False
+    is_finished: bool = False
+    _reported: tuple[int, int] = (0, 0)
+    _labels: TcpLabels | None = field(default=None, repr=False)
+
+    @property
+    def labels(self) -> TcpLabels:
+        """The metrics' labels; fixed once the connection is open."""
+        if self._labels is None or not self.is_open:
+            self._labels = _labels(self)
+        return self._labels
+
+    def unreported(self, to_tunnel: int, from_tunnel: int) -> tuple[int, int]:
+        """What was added since the last call."""
+        before = self._reported
+        self._reported = (to_tunnel, from_tunnel)
+        return to_tunnel - before[0], from_tunnel - before[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a connection ended; `error` is empty after an orderly end of both directions."""
+
+    flag: str = "-"
+    error: str = ""
+    hint: str = ""
+    bytes_to_tunnel: int = 0
+    bytes_from_tunnel: int = 0
+
+
+class Journal:
+    """Writes records: `opened` when bytes may flow, `finished` once, `progress` in between."""
+
+    def __init__(self, access: AccessSink, metrics: TcpSink) -> None:
+        self._access = access
+        self._metrics = metrics
+
+    def opened(self, record: Record) -> None:
+        """Established end to end."""
+        labels = record.labels
+        record.is_open = True
+        self._metrics.opened(labels)
+
+    def progress(self, record: Record) -> None:
+        """Report the bytes so far, so that long connections show up before they end."""
+        if record.is_open and not record.is_finished and record.counters is not None:
+            self._add_bytes(record, *record.counters())
+
+    def finished(self, record: Record, ending: Ending, now: float) -> None:
+        """The end. A second call is ignored: the first one knew best."""
+        if record.is_finished:
+            return
+        if record.is_open:
+            self._add_bytes(record, ending.bytes_to_tunnel, ending.bytes_from_tunnel)
+            self._metrics.closed(replace(record.labels, response_flags=ending.flag))
+        else:
+            self._metrics.failed(replace(record.labels, response_flags=ending.flag))
+        record.is_finished = True
+        self._access.record(access_fields(record, ending, now))
+
+    def _add_bytes(self, record: Record, to_tunnel: int, from_tunnel: int) -> None:
+        added = record.unreported(to_tunnel, from_tunnel)
+        if any(added):
+            sent, received = tcp_directions(record.labels.reporter, *added)
+            self._metrics.bytes(record.labels, sent, received)
+
+
+def access_fields(record: Record, ending: Ending, now: float) -> dict[str, object]:
+    """The line of one connection; what is not known is left out."""
+    source, destination, service = record.source, record.destination, record.service
+    peer = record.peer_baggage
+    fields: dict[str, object] = {
+        "level": "error" if ending.error else "info",
+        "message": "connection complete" if record.is_open else "connection failed",
+        "id": record.id,
+        "direction": record.direction,
+        "src.addr": record.source_address,
+        "src.workload": source.name if source else peer.workload_name if peer else "",
+        "src.namespace": _namespace(source, record.source_identity),
+        "src.identity": str(record.source_identity or ""),
+        "src.cluster": source.cluster_id if source else peer.cluster if peer else "",
+        "dst.addr": record.destination_address,
+        "dst.hbone_addr": record.hbone_address,
+        "dst.service": service.hostname if service else "",
+        "dst.workload": destination.name if destination else "",
+        "dst.namespace": _namespace(destination, record.destination_identity),
+        "dst.identity": str(record.destination_identity or ""),
+        "dst.cluster": destination.cluster_id if destination else "",
+        "policy": record.policy,
+        "bytes_sent": ending.bytes_to_tunnel,
+        "bytes_recv": ending.bytes_from_tunnel,
+        "duration": f"{max(0, round((now - record.started) * 1000))}ms",
+        "response_flags": ending.flag,
+        "error": ending.error,
+        "hint": ending.hint,
+    }
+    return {name: value for name, value in fields.items() if value != ""}
+
+
+def _namespace(workload: Workload | None, identity: SpiffeId | None) -> str:
+    if workload is not None:
+        return workload.namespace
+    return identity.namespace if identity is not None else ""
+
+
+def _labels(record: Record) -> TcpLabels:
+    service = record.service
+    security = "mutual_tls" if record.is_mutual_tls else UNKNOWN
+    source = _party(record.source, record.source_identity, record.peer_baggage)
+    destination = _party(record.destination, record.destination_identity, None)
+    return TcpLabels(
+        reporter="source" if record.direction == "outbound" else "destination",
+        source_workload=source.workload,
+        source_canonical_service=source.canonical_service,
+        source_canonical_revision=source.canonical_revision,
+        source_workload_namespace=source.namespace,
+        source_principal=source.principal,
+        source_app=source.canonical_service,
+        source_version=source.canonical_revision,
+        source_cluster=source.cluster,
+        destination_service=service.hostname if service else UNKNOWN,
+        destination_service_namespace=service.namespace if service else UNKNOWN,
+        destination_service_name=service.name if service else UNKNOWN,
+        destination_workload=destination.workload,
+        destination_canonical_service=destination.canonical_service,
+        destination_canonical_revision=destination.canonical_revision,
+        destination_workload_namespace=destination.namespace,
+        destination_principal=destination.principal,
+        destination_app=destination.canonical_service,
+        destination_version=destination.canonical_revision,
+        destination_cluster=destination.cluster,
+        connection_security_policy=security,
+        source_region=source.region,
+        source_zone=source.zone,
+        destination_region=destination.region,
+        destination_zone=destination.zone,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Party:
+    workload: str = UNKNOWN
+    namespace: str = UNKNOWN
+    canonical_service: str = UNKNOWN
+    canonical_revision: str = UNKNOWN
+    principal: str = UNKNOWN
+    cluster: str = UNKNOWN
+    region: str = UNKNOWN
+    zone: str = UNKNOWN
+
+
+def _party(workload: Workload | None, identity: SpiffeId | None, baggage: Baggage | None) -> _Party:
+    principal = str(identity) if identity is not None else UNKNOWN
+    if workload is not None:
+        return _Party(
+            workload.workload_name or workload.name or UNKNOWN,
+            workload.namespace,
+            workload.canonical_name or UNKNOWN,
+            workload.canonical_revision or UNKNOWN,
+            principal,
+            workload.cluster_id or UNKNOWN,
+            workload.locality.region or UNKNOWN,
+            workload.locality.zone or UNKNOWN,
+        )
+    if baggage is not None:
+        # What the peer says of itself: good enough for a label, never for a decision.
+        return _Party(
+            baggage.workload_name or UNKNOWN,
+            (identity.namespace if identity else baggage.namespace) or UNKNOWN,
+            baggage.service_name or UNKNOWN,
+            baggage.service_version or UNKNOWN,
+            principal,
+            baggage.cluster or UNKNOWN,
+            baggage.region or UNKNOWN,
+            baggage.zone or UNKNOWN,
+        )
+    return _Party(namespace=identity.namespace if identity else UNKNOWN, principal=principal)
+
+
+def baggage_of(workload: Workload) -> Baggage:
+    """What a workload tells the other end of a tunnel about itself."""
+    return Baggage(
+        cluster=workload.cluster_id,
+        namespace=workload.namespace,
+        workload_type=workload.workload_type.name.lower(),
+        workload_name=workload.workload_name or workload.name,
+        service_name=workload.canonical_name,
+        service_version=workload.canonical_revision,
+        region=workload.locality.region,
+        zone=workload.locality.zone,
+    )
