@@ -43,7 +43,10 @@ _NLMSG_ERROR = 2
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The state of a namespace's rules: changes with every commit, whoever made it."""
+    """The state of a namespace's rules: changes with every commit, whoever made it.
+
+    `pid` and `program` tell of the last one; the pid is the initial pid namespace's.
+    """
 
     number: int
     pid: int

@@ -87,8 +87,8 @@ class Connection:
         self._last_heard = -math.inf
         self._idle_since = -math.inf
         self._drain_pong = trio.Event()
-        self._sending = False
-        self._flushed = trio.lowlevel.ParkingLot()
+        self._ending = trio.Event()
+        self._writing = trio.CancelScope(shield=True)
 
     @property
     def is_server(self) -> bool:
@@ -98,7 +98,12 @@ class Connection:
     @property
     def is_usable(self) -> bool:
         """Whether new streams may be opened."""
-        return not (self.closed.is_set() or self.draining.is_set() or self.codec.failed)
+        return not (self.is_over or self.draining.is_set())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be sent on streams any more."""
+        return self._ending.is_set() or self.codec.failed
 
     @property
     def stream_count(self) -> int:
@@ -115,20 +120,23 @@ class Connection:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._watch)
-                    self.wake_writer()
                     task_status.started()
-                    await self._read(nursery)
+                    try:
+                        await self._read(nursery)
+                    finally:
+                        # Also when a handler or the outside cancels the nursery: the body is
+                        # cancelled with it, and the shielded writer is told to come to an end.
+                        self._begin_end()
                     nursery.cancel_scope.cancel()
         finally:
-            self._fail_streams()
-            self.closed.set()
-            self._slots.unpark_all()
-            self._flushed.unpark_all()
-            await self._close()
+            try:
+                await self._close_transport()
+            finally:
+                self.closed.set()
 
     def close(self, failure: MeshError | None = None) -> None:
         """End the connection now, with GOAWAY; `failure` is kept as the reason."""
-        if self.closed.is_set() or self._scope.cancel_called:
+        if self._ending.is_set() or self._scope.cancel_called:
             return
         self.failure = self.failure or failure
         if isinstance(failure, RemoteProtocolError):
@@ -152,10 +160,8 @@ class Connection:
             self._accept_up_to = self.codec.highest_inbound_stream
             self.codec.send_goaway()
             self.wake_writer()
-        while self._streams and not self.closed.is_set():
+        while self._streams and not self._ending.is_set():
             await self._slots.park()
-        while (self._sending or self.codec.pending) and not self.closed.is_set():
-            await self._flushed.park()
         self.close()
 
     async def open_stream(self, headers: Sequence[tuple[str, str]]) -> Stream:
@@ -292,24 +298,27 @@ class Connection:
     # ---- writing
 
     async def _write(self) -> None:
-        try:
-            while True:
-                await self._wake_writer.wait()
-                self._wake_writer = trio.Event()
-                while data := self.codec.data_to_send():
-                    self._sending = True
-                    await self._transport.send_all(data)
-                    self._sending = False
-                    self._wake_senders()
-                self._flushed.unpark_all()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
-            # The reader may still find a GOAWAY that says more; the watch ends the wait.
-            self.failure = self.failure or Unavailable(
-                f"{self.peer} broke the connection: {_cause(exc)}"
-            )
-            with trio.move_on_after(CLOSE_SECONDS):
-                await self.closed.wait()
-            self._scope.cancel()
+        # Shielded, because a write cut short is half a frame: when the connection ends the
+        # writer gets CLOSE_SECONDS for what is queued, the GOAWAY last.
+        with self._writing:
+            try:
+                while True:
+                    while data := self.codec.data_to_send():
+                        await self._transport.send_all(data)
+                        self._wake_senders()
+                    if self._ending.is_set():
+                        return
+                    await self._wake_writer.wait()
+                    self._wake_writer = trio.Event()
+            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+                # The reader knows better: an orderly end, or a GOAWAY that says why.
+                with trio.move_on_after(CLOSE_SECONDS):
+                    await self._ending.wait()
+                    return
+                self.failure = self.failure or Unavailable(
+                    f"{self.peer} broke the connection: {_cause(exc)}"
+                )
+                self._scope.cancel()
 
     def _wake_senders(self) -> None:
         for stream in self._streams.values():
@@ -351,37 +360,36 @@ class Connection:
 
     # ---- the end
 
-    def _fail_streams(self) -> None:
+    def _begin_end(self) -> None:
+        if not self.codec.failed:
+            self.codec.send_goaway(frames.NO_ERROR, str(self.failure or ""))
+        self._ending.set()
+        self._writing.deadline = trio.current_time() + CLOSE_SECONDS
+        self.wake_writer()
         failure = self.failure_for_streams()
         for stream in list(self._streams.values()):
             stream.on_failure(failure)
-        self._streams.clear()
+        self._slots.unpark_all()
 
-    async def _close(self) -> None:
-        if not self.codec.failed:
-            self.codec.send_goaway(frames.NO_ERROR, str(self.failure or ""))
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
-            # After half a frame nothing that follows can be understood.
-            if not self._sending:
-                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self._transport.send_all(self.codec.data_to_send())
-                    await self._linger()
+    async def _close_transport(self) -> None:
+        if self.codec.failed and not self._writing.cancelled_caught:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
+                await self._linger()
         await trio.aclose_forcefully(self._transport)
 
     async def _linger(self) -> None:
         # Closing a socket with unread bytes sends RST, which takes the GOAWAY away from the
         # peer again: end our side first, and read for a moment what is still on its way.
-        if not self.codec.failed:
-            return
         bottom = self._transport
         while isinstance(bottom, trio.SSLStream):
             bottom = bottom.transport_stream
         if not isinstance(bottom, trio.SocketStream):
             return
-        await bottom.send_eof()
-        for _ in range(LINGER_READS):
-            if not await bottom.receive_some(READ_BYTES):
-                return
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await bottom.send_eof()
+            for _ in range(LINGER_READS):
+                if not await bottom.receive_some(READ_BYTES):
+                    return
 
 
 def _cause(exc: BaseException) -> str:

@@ -118,7 +118,7 @@ class Stream:
                 raise self._failure
             if self.ended_by_us or self._over:
                 raise LocalProtocolError("the stream was already ended")
-            if codec.failed or self.connection.closed.is_set():
+            if self.connection.is_over:
                 raise self.connection.failure_for_streams()
             if codec.pending < SEND_AHEAD:
                 room = codec.sendable(self.id) if windowed else 0

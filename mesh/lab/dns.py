@@ -1,7 +1,7 @@
 """The cluster's DNS server: one zone, answered on the cluster DNS address inside every node.
 
-It answers as CoreDNS does for `cluster.local` and refuses everything else: a lab has no
-upstream. Packets are parsed by dnslib; what it cannot parse is dropped.
+It answers as CoreDNS does for `cluster.local`. A lab has no upstream, so every other name does
+not exist; refusing it would make a mistyped Service name look like a temporary failure. Packets are parsed by dnslib; what it cannot parse is dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def answer(query: bytes, zone: Zone, *, limit: int | None) -> bytes | None:
     name, kind = str(asked.q.qname), asked.q.qtype
     if not zone.covers(name):
         reply.header.aa = 0
-        reply.header.rcode = dnslib.RCODE.REFUSED
+        reply.header.rcode = dnslib.RCODE.NXDOMAIN
         return bytes(reply.pack())
     records = zone.find(name)
     if records is None:

@@ -143,6 +143,7 @@ def parse_pod_spec(spec: Reader) -> PodSpec:
     for name in names:
         if names.count(name) > 1:
             spec.get("containers").fail(f"two containers are named {name}")
+    _refuse_clashes(spec, (*init, *containers))
     policy = spec.get("restartPolicy").text("Always")
     if policy not in ("Always", "OnFailure", "Never"):
         spec.get("restartPolicy").fail(f"{policy!r} is none of Always, OnFailure, Never")
@@ -209,6 +210,20 @@ def _container(item: Reader, volumes: set[str]) -> Container:
         startup=_probe(item, "startupProbe"),
         is_sidecar=item.get("restartPolicy").text() == "Always",
     )
+
+
+def _refuse_clashes(spec: Reader, containers: tuple[Container, ...]) -> None:
+    """Containers of a pod share one file tree in the lab: a path can show one thing only."""
+    shown: dict[str, tuple[str, str]] = {}
+    for container in containers:
+        for mount in container.mounts:
+            what = (mount.volume, mount.sub_path)
+            if shown.setdefault(mount.path.rstrip("/"), what) != what:
+                spec.get("containers").fail(
+                    f"two volumes are mounted at {mount.path}, but containers of a pod share "
+                    "one file tree in a lab",
+                    hint="mount one of them elsewhere",
+                )
 
 
 def _variable(entry: Reader) -> Variable:

@@ -174,9 +174,7 @@ async def test_message_over_the_limit():
     def client(port: int) -> None:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             request = DeltaDiscoveryRequest(type_url="z" * 100_000)
-            assert failure(unary(channel, ECHO), request)[0] is (
-                grpc.StatusCode.RESOURCE_EXHAUSTED
-            )
+            assert failure(unary(channel, ECHO), request)[0] is (grpc.StatusCode.RESOURCE_EXHAUSTED)
 
     async with our_server(max_message=50_000) as (address, _):
         await in_thread(client, address.port)
@@ -312,9 +310,7 @@ async def test_drain_ends_endless_streams_with_unavailable():
     drain = trio.Event()
     token = trio.lowlevel.current_trio_token()
     async with our_server(drain=drain, grace_seconds=0.2) as (address, _):
-        code, text = await in_thread(
-            client, address.port, partial(token.run_sync_soon, drain.set)
-        )
+        code, text = await in_thread(client, address.port, partial(token.run_sync_soon, drain.set))
     assert code is grpc.StatusCode.UNAVAILABLE
     assert "shutting down" in text
 

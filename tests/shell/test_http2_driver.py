@@ -247,7 +247,7 @@ async def test_a_bug_in_a_handler_comes_out_of_run():
             nursery.start_soon(client.run)
             nursery.start_soon(Connection(right, handler=bug).run)
             stream = await client.open_stream(REQUEST)
-            with pytest.raises(Unavailable):
+            with pytest.raises((StreamReset, Unavailable)):
                 await stream.wait_headers()
             await client.closed.wait()
 

@@ -353,13 +353,14 @@ async def test_an_ended_application_still_gets_what_waits_for_it() -> None:
     """Both sides have ended, yet the slow reader's bytes are still in the relay."""
     async with open_link() as link:
         near, far, tunnel, _ = await link.pipe()
+        size = 3 << 20  # less than the window, more than the socket takes
         near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        size = 0
-        with trio.move_on_after(0.4):
-            while True:
-                size += await far.socket.send(bytes(1 << 18))
-        with trio.move_on_after(0.1):
-            await far.send_eof()
+        tunnel._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        await far.send_all(bytes(size))
+        await far.send_eof()
+        await trio.sleep(0.2)
+        assert tunnel._stream.remote_ended
+        assert tunnel._sink._pending
         await near.send_eof()
         await trio.sleep(0.1)
         with trio.fail_after(10):

@@ -1,0 +1,33 @@
+"""Settings by upstream's names."""
+
+from __future__ import annotations
+
+from mesh.runtime.config import load
+from ztunnel.config import ZtunnelConfig
+
+
+def test_defaults_are_upstreams() -> None:
+    config = load(ZtunnelConfig, [], {})
+    assert config.xds_address == "https://istiod.istio-system.svc:15012"
+    assert config.inpod_uds == "/var/run/ztunnel/ztunnel.sock"
+    assert (config.cluster_id, config.network, config.dns_capture) == ("Kubernetes", "", True)
+    assert config.drain_seconds == 5.0
+
+
+def test_environment() -> None:
+    config = load(
+        ZtunnelConfig,
+        [],
+        {
+            "CLUSTER_ID": "second",
+            "ISTIO_META_CLUSTER_ID": "first",
+            "NODE_NAME": "n1",
+            "SECRET_TTL": "24h",
+            "ISTIO_META_DNS_CAPTURE": "false",
+            "TERMINATION_GRACE_PERIOD_SECONDS": "30",
+        },
+    )
+    assert (config.cluster_id, config.node_name) == ("first", "n1")
+    assert config.secret_ttl_seconds == 86400.0
+    assert config.dns_capture is False
+    assert config.drain_seconds == 25.0
