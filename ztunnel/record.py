@@ -124,11 +124,14 @@ class Journal:
         """The end. A second call is ignored: the first one knew best."""
         if record.is_finished:
             return
+        labels = record.labels
+        if ending.flag != labels.response_flags:
+            labels = replace(labels, response_flags=ending.flag)
         if record.is_open:
             self._add_bytes(record, ending.bytes_to_tunnel, ending.bytes_from_tunnel)
-            self._metrics.closed(replace(record.labels, response_flags=ending.flag))
+            self._metrics.closed(labels)
         else:
-            self._metrics.failed(replace(record.labels, response_flags=ending.flag))
+            self._metrics.failed(labels)
         record.is_finished = True
         self._access.record(access_fields(record, ending, now))
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from mesh.errors import IdentityError, RemoteProtocolError, Unavailable
+from mesh.errors import IdentityError, MeshError, RemoteProtocolError, Unavailable
 from mesh.http.driver import Connection, Timing
 from mesh.http.h2 import Limits
 from mesh.sockets import SocketAddress, from_sockaddr
@@ -71,11 +71,20 @@ async def open_connection(
             yield connection
             connection.close()
     except BaseExceptionGroup as group:
-        if len(group.exceptions) != 1:
-            raise
-        # The nursery wraps the body's error; its cause is left as the body set it.
-        error = group.exceptions[0]
+        error = _unwrap(group)
         raise error from error.__cause__
+
+
+def _unwrap(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The body's error without the nursery's group around it.
+
+    When the outside cancels while the body fails, the cancellation wins over an expected
+    failure; a bug is kept beside it.
+    """
+    cancelled, rest = group.split(trio.Cancelled)
+    if cancelled is not None and (rest is None or rest.split(MeshError)[1] is None):
+        return cancelled
+    return group.exceptions[0] if len(group.exceptions) == 1 else group
 
 
 async def _dial(host: str, port: int, target: str) -> trio.SocketStream:

@@ -272,9 +272,7 @@ class _Scanner:
         high, low, kind, flags, stream_id = frames.HEADER.unpack(self._head)
         length = high << 8 | low
         if length > self._max_frame:
-            raise RemoteProtocolError(
-                f"a frame of {length} bytes", h2_code=frames.FRAME_SIZE_ERROR
-            )
+            raise RemoteProtocolError(f"a frame of {length} bytes", h2_code=frames.FRAME_SIZE_ERROR)
         scan.counts[kind] = scan.counts.get(kind, 0) + 1
         if kind == frames.GOAWAY:
             if length < _GOAWAY_HEAD.size or length > _MAX_GOAWAY_BYTES:

@@ -185,7 +185,10 @@ class AccessLog:
                 await self._write_out()
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._flush):
-                await self._write_out()
+                # Connections cancelled together with us write their last line just now.
+                await trio.sleep(min(self._linger, self._flush / 4))
+                while self._lines:
+                    await self._write_out()
 
     async def _write_out(self) -> None:
         self._wake = trio.Event()

@@ -379,7 +379,7 @@ async def test_our_client_judges_the_server(authority):
         with pytest.raises(IdentityError, match="certificate"):
             async with open_channel(*where, client_tls(trustme.CA()), name):
                 pass
-        with pytest.raises(IdentityError, match="wrong.example"):
+        with pytest.raises(IdentityError, match=r"wrong\.example"):
             async with open_channel(*where, client_tls(authority), "wrong.example"):
                 pass
 
@@ -485,7 +485,7 @@ async def test_our_delta_stream():
                     if count == 2 * BATCH:
                         await stream.done_sending()
                 assert count == 2 * BATCH
-            with pytest.raises(GrpcError, match="who are you") as caught:
+            with pytest.raises(GrpcError, match="who are you") as caught:  # noqa: PT012
                 async with channel.stream(DELTA) as stream:
                     await stream.send(DeltaDiscoveryRequest(type_url="fail"))
                     async for _ in stream:
@@ -502,7 +502,7 @@ async def test_our_client_sees_grpcio_go():
                     if response.nonce == str(BATCH - 1):
                         break
                 server.stop(0.2)
-                with pytest.raises((GrpcError, Unavailable)):
+                with pytest.raises((GrpcError, Unavailable)):  # noqa: PT012
                     async for _ in stream:
                         pytest.fail("no message is expected")
             assert not channel.is_usable

@@ -244,19 +244,30 @@ def test_unenroll_by_the_command_line_then_enroll_and_write(office: TestLab) -> 
     assert office.python(agent(office), GREET, "mail6", "2525").startswith("220 mail-")
 
 
-def processes_of_labs() -> set[int]:
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"mesh.lab.supervisor" in words or any(
-                w in {b"ztunnel", b"netconfig"} for w in words
-            ):
-                found.add(int(entry.name))
+def descendants(root: int) -> set[tuple[int, str]]:
+    """(pid, start time) of every process below `root`, so that a reused pid is no false alarm."""
+    children: dict[int, list[tuple[int, str]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            words = stat.read_text().rpartition(")")[2].split()
+            children.setdefault(int(words[1]), []).append((int(stat.parent.name), words[19]))
+    found: set[tuple[int, str]] = set()
+    queue = [root]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found.update(below)
+        queue += [pid for pid, _ in below]
     return found
+
+
+def alive(processes: set[tuple[int, str]]) -> set[int]:
+    still = set()
+    for pid, started in processes:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if words[19] == started and words[0] != "Z":
+                still.add(pid)
+    return still
 
 
 def host_links() -> str:
@@ -265,20 +276,20 @@ def host_links() -> str:
 
 def test_sigkill_leaves_nothing(tmp_path: Path) -> None:
     shutil.copy(DATA / "office.yaml", tmp_path)
-    before = processes_of_labs(), host_links(), Path("/proc/self/mountinfo").read_text()
-    files = set(Path("/tmp").iterdir()), set(Path("/run").iterdir())
+    links, mounts = host_links(), Path("/proc/self/mountinfo").read_text()
+    files = set(Path("/run").iterdir())
     with running_lab(tmp_path, name=f"kill-{os.getpid()}") as lab:
-        pid = lab.client.status()["pid"]
-        assert processes_of_labs() > before[0]
+        processes = descendants(lab.process.pid)
+        assert len(alive(processes)) > 10
         os.kill(lab.process.pid, signal.SIGKILL)
         lab.process.wait(10)
 
         def nothing() -> None:
-            assert processes_of_labs() == before[0]
+            assert not alive(processes)
             assert not lab.client.is_up()
 
         eventually(nothing, seconds=10)
-        assert pid
-    assert host_links() == before[1]
-    assert Path("/proc/self/mountinfo").read_text() == before[2]
-    assert set(Path("/run").iterdir()) == files[1]
+    assert host_links() == links
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert set(Path("/run").iterdir()) == files
+    assert [path.name for path in tmp_path.iterdir()] == ["office.yaml"]

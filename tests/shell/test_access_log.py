@@ -51,6 +51,27 @@ async def test_recorded_before_the_writer_runs_and_flushed_when_cancelled() -> N
     assert [line["n"] for line in pipe.read()] == [1, 2]
 
 
+async def test_lines_of_connections_cancelled_together_with_the_log_are_kept() -> None:
+    pipe = Pipe()
+    access = AccessLog(pipe.writer)
+
+    async def connection(number: int) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.001 * number)
+            access.record({"n": number})
+
+    async with trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(connection, number)
+        nursery.start_soon(access.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert sorted(str(line["n"]) for line in pipe.read()) == [str(n) for n in range(10)]
+
+
 async def test_reader_that_never_reads_blocks_nobody() -> None:
     pipe = Pipe()
     access = AccessLog(pipe.writer, limit_bytes=300_000, linger_seconds=0.0, flush_seconds=0.1)

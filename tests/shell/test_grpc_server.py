@@ -210,7 +210,7 @@ async def test_a_stuck_client_holds_little_and_the_deadline_ends_it():
         await stream.send(encode_message(Resource(name="pour")))
         await stream.wait_headers()
         await trio.sleep(0.5)  # nothing is read meanwhile: the server sits inside a message
-        with pytest.raises(StreamReset, match="CANCEL"):
+        with pytest.raises(StreamReset, match="CANCEL"):  # noqa: PT012
             while await stream.receive():
                 pass
         assert (await post(connection, encode_message(Resource())))[2] == (("grpc-status", "0"),)

@@ -148,7 +148,7 @@ async def test_streams_wait_for_their_turn():
         await gate.wait()
         await stream.send_headers(RESPONSE, end_stream=True)
 
-    async with connected(wait, limits=Limits(max_streams=1)) as (client, server):
+    async with connected(wait, limits=Limits(max_streams=1)) as (client, _):
         first = await client.open_stream(REQUEST)
         with trio.move_on_after(0.05) as patience:
             await client.open_stream(REQUEST)
@@ -214,7 +214,7 @@ async def test_an_early_answer_wins_over_the_cut_behind_it():
 
     async with connected(refuse) as (client, _):
         stream = await client.open_stream(REQUEST)
-        with pytest.raises(StreamReset):
+        with pytest.raises(StreamReset):  # noqa: PT012
             while True:
                 await stream.send(b"x" * 10_000)
         assert ("grpc-status", "7") in await stream.wait_headers()
@@ -360,7 +360,7 @@ async def test_a_peer_that_takes_nothing_loses_its_stream(autojump_clock):
 
 
 async def test_no_settings(autojump_clock):
-    async with scripted(never) as (connection, peer):
+    async with scripted(never) as (connection, _):
         start = trio.current_time()
         await connection.closed.wait()
         assert trio.current_time() - start == pytest.approx(10, abs=0.1)

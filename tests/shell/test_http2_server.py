@@ -170,6 +170,19 @@ async def test_the_callers_error_comes_out_as_it_is():
         assert patience.cancelled_caught
 
 
+async def test_cancellation_wins_over_a_failure_but_not_over_a_bug():
+    async with serving() as (address, _):
+        with trio.CancelScope() as scope:
+            async with open_connection(*address, None):
+                scope.cancel()
+                raise Unavailable("lost")
+        assert scope.cancelled_caught
+        with pytest.RaisesGroup(ZeroDivisionError), trio.CancelScope() as scope:
+            async with open_connection(*address, None):
+                scope.cancel()
+                raise ZeroDivisionError
+
+
 async def test_dialling_a_server_of_something_else():
     async def http1(stream: trio.SocketStream) -> None:
         async with stream:

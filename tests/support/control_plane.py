@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mesh import netns
+from mesh.errors import Unavailable
 from mesh.grpc.server import Call, serve_grpc
 from mesh.http.stream import StreamReset
 from mesh.model.authorization import Authorization
@@ -90,7 +91,7 @@ class ControlPlane:
 
             nursery.start_soon(write)
             # The proxy ends its stream by cutting it.
-            with contextlib.suppress(StreamReset):
+            with contextlib.suppress(StreamReset, Unavailable):
                 async for request in requests:
                     self.requests.append(request)
                     if not request.response_nonce:

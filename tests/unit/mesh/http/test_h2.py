@@ -263,7 +263,7 @@ def test_floods_are_told_to_calm_down(flood) -> None:
     codec.receive_data(few, NOW)
     assert not codec.failed
     codec = started_server(bucket=TokenBucket(100, 10))
-    with pytest.raises(RemoteProtocolError) as caught:
+    with pytest.raises(RemoteProtocolError) as caught:  # noqa: PT012
         for start in range(0, len(many), 1000):
             codec.receive_data(many[start : start + 1000], NOW)
     assert caught.value.h2_code == frames.ENHANCE_YOUR_CALM
@@ -295,7 +295,7 @@ def test_window_updates_in_proportion_to_our_data_are_free() -> None:
 def test_answers_are_bounded_while_the_peer_does_not_read() -> None:
     server = started_server(bucket=TokenBucket(1e9, 0), limits=Limits(max_pending=5000))
     pings = frames.pack_frame(frames.PING, 0, 0, b"12345678") * 100
-    with pytest.raises(RemoteProtocolError, match="does not read"):
+    with pytest.raises(RemoteProtocolError, match="does not read"):  # noqa: PT012
         for _ in range(100):
             server.receive_data(pings, NOW)
     assert server.pending < 7000

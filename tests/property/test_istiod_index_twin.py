@@ -1,0 +1,110 @@
+"""Whatever the order of changes, the index holds what one built afresh would hold."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from istiod_lite.index import ClusterIndex
+from istiod_lite.workloads import TRAFFIC_DISTRIBUTION, Mesh
+from mesh.cluster.api import Deleted, Put, ref_of
+
+NAMESPACES = st.sampled_from(["istio-system", "shop"])
+APPS = st.sampled_from(["a", "b"])
+NODES = st.sampled_from(["n1", "n2"])
+SELECTORS = st.none() | st.just({}) | APPS.map(lambda app: {"matchLabels": {"app": app}})
+MODES = st.sampled_from(["UNSET", "DISABLE", "PERMISSIVE", "STRICT"])
+SECURITY = "security.istio.io/v1"
+
+
+def _object(kind: str, version: str, namespace: str, name: str, **fields) -> dict:
+    metadata = {"name": name, "namespace": namespace, **fields.pop("metadata", {})}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, **fields}
+
+
+@st.composite
+def objects(draw) -> dict:
+    namespace, name = draw(NAMESPACES), draw(st.sampled_from(["x", "y"]))
+    kind = draw(
+        st.sampled_from(
+            ["Pod", "Service", "Node", "Namespace", "EndpointSlice", "Authorization", "Peer"]
+        )
+    )
+    match kind:
+        case "Pod":
+            return _object(
+                "Pod",
+                "v1",
+                namespace,
+                name,
+                metadata={"labels": {"app": draw(APPS)}},
+                spec={
+                    "nodeName": draw(NODES),
+                    "containers": [{"ports": [{"name": draw(APPS), "containerPort": 80}]}],
+                },
+                status={"podIP": draw(st.sampled_from(["", "10.0.0.1"]))},
+            )
+        case "Service":
+            selector = draw(st.none() | APPS.map(lambda app: {"app": app}))
+            port = {"port": 80, "targetPort": draw(st.just(8080) | APPS)}
+            spec = {"selector": selector, "ports": [port]}
+            return _object("Service", "v1", namespace, name, spec=spec)
+        case "Node":
+            zone = draw(st.sampled_from(["", "z"]))
+            labels = {"topology.kubernetes.io/zone": zone}
+            return _object("Node", "v1", "", draw(NODES), metadata={"labels": labels})
+        case "Namespace":
+            value = draw(st.sampled_from(["", "PreferClose"]))
+            annotations = {TRAFFIC_DISTRIBUTION: value}
+            return _object("Namespace", "v1", "", namespace, metadata={"annotations": annotations})
+        case "EndpointSlice":
+            labels = {"kubernetes.io/service-name": draw(st.sampled_from(["x", "y"]))}
+            ips = draw(st.sets(st.sampled_from(["10.1.0.1", "10.1.0.2"])))
+            return _object(
+                "EndpointSlice",
+                "discovery.k8s.io/v1",
+                namespace,
+                name,
+                metadata={"labels": labels},
+                ports=[{"port": 1}],
+                endpoints=[{"addresses": [ip], "nodeName": draw(NODES)} for ip in sorted(ips)],
+            )
+        case "Authorization":
+            spec = {"selector": draw(SELECTORS), "rules": draw(st.sampled_from([[], [{}]]))}
+            return _object("AuthorizationPolicy", SECURITY, namespace, name, spec=spec)
+        case _:
+            spec = {"selector": draw(SELECTORS), "mtls": {"mode": draw(MODES)}}
+            if spec["selector"]:
+                spec["portLevelMtls"] = {"80": {"mode": draw(MODES)}}
+            return _object("PeerAuthentication", SECURITY, namespace, name, spec=spec)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(objects(), st.booleans(), st.booleans()), max_size=40))
+def test_incremental_is_from_scratch(steps):
+    index = ClusterIndex(Mesh())
+    alive: dict = {}
+    for obj, is_deleted, settles in steps:
+        ref = ref_of(obj)
+        if is_deleted:
+            index.receive(Deleted(ref))
+            alive.pop(ref, None)
+        else:
+            index.receive(Put(ref, obj))
+            alive[ref] = obj
+        if settles:
+            index.settle()
+    index.settle()
+    afresh = ClusterIndex(Mesh())
+    for ref, obj in alive.items():
+        afresh.receive(Put(ref, obj))
+    afresh.settle()
+    assert index.addresses == afresh.addresses
+    assert index.policies == afresh.policies
+    for node in ("n1", "n2"):
+        assert {pod.ref for pod in index.pods_on_node(node)} == {
+            pod.ref for pod in afresh.pods_on_node(node)
+        }
+    # Every policy that a workload names exists.
+    for each in index.addresses.values():
+        assert set(getattr(each, "authorization_policies", ())) <= index.policies.keys()
