@@ -46,6 +46,7 @@ class Live:
         self.cluster = DirectoryCluster(path, writable=True)
         self.objects: dict[Ref, Object] = {}
         self.pods: dict[Ref, Object] = {}
+        self.sources: dict[Ref, Source] = {}
         self.notes: set[str] = set()
         self._changed = changed
         self._applied: dict[Ref, Object] = {}
@@ -91,6 +92,8 @@ class Live:
         """Apply an object as a file (or `apply`) says it. Raises ConfigError, Unavailable."""
         ref = ref_of(obj)
         wanted = _prepared(obj, ref, source)
+        if source is not None:
+            self.sources[ref] = source
         last = self._applied.get(ref)
         self._applied[ref] = wanted
         if ref.kind == "Pod":
@@ -112,6 +115,7 @@ class Live:
     async def withdraw(self, ref: Ref) -> None:
         """A file no longer has the object."""
         self._applied.pop(ref, None)
+        self.sources.pop(ref, None)
         if ref.kind == "Pod":
             if self.pods.pop(ref, None) is not None:
                 self._changed(ref)

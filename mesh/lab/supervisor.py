@@ -155,6 +155,7 @@ class Supervisor:
             node_count=state.settings.nodes,
             busy=frozenset(runner.pod.ips[0] for runner in state.stopping),
             deleted=frozenset(self._deleted),
+            sources=state.live.sources,
         )
 
     async def _planning(self) -> None:

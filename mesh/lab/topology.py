@@ -13,9 +13,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
-from mesh.cluster.api import Source, located, ref_of, source_of
+from mesh.cluster.api import Ref, Source, located, ref_of, source_of
 from mesh.cluster.fields import Reader
 from mesh.errors import ConfigError
 from mesh.lab import addresses, workloads
@@ -124,16 +125,19 @@ def plan(
     node_count: int | None = None,
     busy: frozenset[str] = frozenset(),
     deleted: frozenset[str] = frozenset(),
+    sources: Mapping[Ref, Source] = MappingProxyType({}),
 ) -> Plan:
     """The plan for `objects` (Pods among them stand for themselves; they have no owner here).
 
     `node_count`: at least so many nodes; None means the Node objects, else two. Nodes never
     change once they are there. `busy`: IPv4 addresses of pods that are still stopping.
     `deleted`: uids of pods that somebody deleted, to be replaced if they have an owner.
+    `sources`: where objects are written, more closely than their annotation says.
     """
     listed = list(objects)
     nodes = previous.nodes or _nodes(listed, node_count)
     scheduler = _Scheduler(nodes, previous, busy)
+    scheduler.sources = sources
     notes: set[str] = set()
     kept = {key: pod for key, pod in previous.pods.items() if pod.uid not in deleted}
     ips = ClusterIps(_held_ips(listed, previous), previous.service_start)
@@ -251,6 +255,7 @@ class _Scheduler:
         self.pods: dict[Key, PodPlan] = {}
         self.services: dict[Key, ServicePlan] = {}
         self.faults: list[ConfigError] = []
+        self.sources: Mapping[Ref, Source] = {}
         self.serial = previous.serial
         self.cursors = dict(previous.cursors)
         # Also of pods that this plan will drop: they run until they have been stopped.
@@ -314,7 +319,8 @@ class _Scheduler:
         """Note the fault; what the object had asked for before stays."""
         ref = ref_of(dict(obj))
         key = (ref.namespace, ref.name)
-        self.faults.append(located(error, source_of(obj, Source(str(ref)))))
+        source = self.sources.get(ref) or source_of(obj, Source(str(ref)))
+        self.faults.append(located(error, source))
         if ref.kind == "Service" and key in previous.services:
             self.services[key] = previous.services[key]
         owner = "" if ref.kind == "Pod" else f"{ref.kind}/{ref.namespace}/{ref.name}"

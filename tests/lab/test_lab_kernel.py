@@ -516,7 +516,7 @@ def processes_named(mark: str) -> list[str]:
 @pytest.mark.parametrize("end", ["down", "stop", "keeper", "supervisor"])
 def test_nothing_is_left(tmp_path: Path, mode: str, end: str) -> None:
     before = host_view()
-    pod = CALLER.replace("infinity", "4243")
+    pod = CALLER.replace("infinity", "'4243'")
     files = {"p.yaml": PROGRAMS, "caller.yaml": pod}
     name = f"leave-{os.getpid()}-{mode}-{end}"
     with lab_of(tmp_path, name, files, rootless=mode == "rootless") as lab:

@@ -1,0 +1,133 @@
+"""The controller as one tree of nurseries. Read this first.
+
+    app.serve
+    ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
+    ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
+    ├─ serve_grpc              15012: xDS and certificates, over TLS
+    └─ monitoring              15014: /ready, /metrics, /debug
+
+It is ready when everything that the cluster had is published, the root certificate is out
+and 15012 is open. SIGTERM: streams end with UNAVAILABLE (clients reconnect elsewhere, or
+later, with the versions they hold), calls get a few seconds, then the process ends.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import trio
+import mesh
+from istiod_lite.ads import AdsService
+from istiod_lite.authenticate import Authenticator, SignedTokenReviewer, read_keys
+from istiod_lite.authority import Authority, open_authority
+from istiod_lite.certificates import CertificateService
+from istiod_lite.config import IstiodConfig
+from istiod_lite.debug import DebugPages
+from istiod_lite.index import ClusterIndex
+from istiod_lite.monitoring import Counts
+from istiod_lite.publisher import Publisher
+from istiod_lite.root_certificate import RootCertificate
+from mesh import sockets
+from mesh.cluster.api import Cluster
+from mesh.cluster.directory import DirectoryCluster
+from mesh.errors import MeshError
+from mesh.grpc.server import serve_grpc
+from mesh.runtime import lifecycle, log, metrics
+from mesh.runtime.admin import AdminApp, Readiness
+from mesh.secrets import CREATE_CERTIFICATE
+from mesh.tls.context import control_plane_server
+from mesh.xds.client import DELTA_AGGREGATED_RESOURCES
+
+_log = log.get("istiod")
+
+
+async def run(config: IstiodConfig, shutdown: lifecycle.Shutdown) -> None:
+    """The whole daemon, until it has drained. Raises ConfigError, KernelError."""
+    cluster = DirectoryCluster(config.cluster_dir, writable=True)
+    await serve(config, cluster, shutdown)
+    _log.info("stopped")
+
+
+async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shutdown) -> None:
+    """Serve on `cluster` until `shutdown` is requested and the calls are over.
+
+    If cancelled: everything is closed at once.
+    """
+    authority = open_authority(config.ca_dir, config.trust_domain, _now())
+    read_keys(config.token_issuer_keys)  # say now what would refuse every caller later
+    registry = metrics.new_registry("istiod", mesh.__version__)
+    index = ClusterIndex(config.mesh())
+    authenticator = _authenticator(config)
+    ads = AdsService(authenticator)
+    root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
+    publisher = Publisher(index, ads, registry, on_push=root.look)
+    counts = Counts(registry, index, ads, publisher.findings)
+    readiness = Readiness()
+    tasks = {name: readiness.task(name) for name in ("cluster", "root certificate", "xds")}
+
+    async with trio.open_nursery() as nursery:
+        app = AdminApp("monitoring")
+        app.route("/ready", readiness.respond)
+        app.route("/metrics", counts.respond)
+        if config.serves_debug:
+            DebugPages(cluster, index, ads, publisher.findings).add_to(app)
+        if config.monitoring_port:
+            listener = sockets.open_listener(config.monitoring_port, host=config.monitoring_host)
+            await nursery.start(app.serve, [listener])
+            nursery.start_soon(metrics.watch_loop_lag, registry)
+        await nursery.start(publisher.follow, cluster)
+        tasks["cluster"].done()
+        nursery.start_soon(root.run, cluster, tasks["root certificate"].done)
+        certificates = CertificateService(
+            authority,
+            authenticator,
+            index,
+            trusted_accounts=config.ca_trusted_node_accounts,
+            clock=_now,
+        )
+        async with trio.open_nursery() as calls:
+            await calls.start(_serve_calls, config, authority, ads, certificates, shutdown)
+            tasks["xds"].done()
+            _log.info("started", port=config.xds_port, resources=len(index.addresses))
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_calls(
+    config: IstiodConfig,
+    authority: Authority,
+    ads: AdsService,
+    certificates: CertificateService,
+    shutdown: lifecycle.Shutdown,
+    *,
+    task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    names = config.serving_names()
+    context = control_plane_server(*authority.serving_certificate(names, _now()))
+    await serve_grpc(
+        sockets.open_listener(config.xds_port, host=config.xds_host),
+        context,
+        {DELTA_AGGREGATED_RESOURCES: ads.delta, CREATE_CERTIFICATE: certificates.create},
+        drain=shutdown.requested,
+        grace_seconds=max(0.0, config.drain_seconds - 1.0),
+        supervise=lifecycle.supervise,
+        on_failure=_on_failure,
+        task_status=task_status,
+    )
+
+
+def _authenticator(config: IstiodConfig) -> Authenticator:
+    reviewer = SignedTokenReviewer(
+        config.token_issuer_keys,
+        audiences=config.token_audiences,
+        issuers=config.token_issuers,
+        clock=_now,
+    )
+    return Authenticator(reviewer, config.cluster_id)
+
+
+def _on_failure(peer: sockets.SocketAddress, error: MeshError) -> None:
+    _log.info("connection_failed", peer=str(peer), error=str(error))
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()

@@ -1,0 +1,146 @@
+"""What the controller was told: settings by the names istiod has, where it has one."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from istiod_lite.workloads import Mesh
+from mesh.errors import ConfigError
+from mesh.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
+from mesh.runtime.config import setting
+
+
+@dataclass(frozen=True, slots=True)
+class IstiodConfig:
+    """The controller: tells node proxies of workloads and policies, and certifies identities."""
+
+    cluster_dir: Path = setting(
+        env="CLUSTER_DIR", doc="Directory of live objects, instead of a Kubernetes API server."
+    )
+    ca_dir: Path = setting(
+        env="CA_DIR", doc="Directory of the authority's keys; made at the first start."
+    )
+    token_issuer_keys: Path = setting(
+        env="TOKEN_ISSUER_KEYS",
+        doc="JWKS file with the public keys that callers' tokens are verified with.",
+    )
+    token_audiences: tuple[str, ...] = setting(
+        env="TOKEN_AUDIENCES",
+        default=("istio-ca",),
+        doc="Audiences of tokens that are accepted.",
+    )
+    token_issuers: tuple[str, ...] = setting(
+        env="TOKEN_ISSUERS", default=(), doc="Issuers of tokens that are accepted; none for any."
+    )
+    ca_trusted_node_accounts: tuple[str, ...] = setting(
+        env="CA_TRUSTED_NODE_ACCOUNTS",
+        default=(),
+        doc="Service accounts (namespace/name) that may ask for certificates of the pods on "
+        "their node.",
+    )
+    cluster_id: str = setting(
+        env="CLUSTER_ID", default="Kubernetes", doc="Name of the cluster in workloads' uids."
+    )
+    trust_domain: str = setting(
+        env="TRUST_DOMAIN", default=DEFAULT_TRUST_DOMAIN, doc="Trust domain of all identities."
+    )
+    cluster_domain: str = setting(
+        env="CLUSTER_DOMAIN", default="cluster.local", doc="DNS domain of Services."
+    )
+    network: str = setting(
+        env="NETWORK", default="", doc="Name of the network that pods and Services are on."
+    )
+    root_namespace: str = setting(
+        env="ROOT_NAMESPACE",
+        default="istio-system",
+        doc="Namespace whose policies are for the whole mesh; the controller's own.",
+    )
+    custom_hosts: tuple[str, ...] = setting(
+        env="ISTIOD_CUSTOM_HOST",
+        default=(),
+        doc="Further names or addresses that callers know the controller by.",
+    )
+    xds_port: int = setting(
+        env="XDS_PORT", default=15012, doc="Port of xDS and certificates, gRPC over TLS."
+    )
+    xds_host: str = setting(
+        env="XDS_HOST", default="::", doc="Address that xDS and certificates are served on."
+    )
+    monitoring_port: int = setting(
+        env="MONITORING_PORT",
+        default=15014,
+        doc="Port of /ready, /metrics and /debug; 0 for none.",
+    )
+    monitoring_host: str = setting(
+        env="MONITORING_HOST",
+        default="127.0.0.1",
+        doc="Address of the same. On any but a loopback address /debug is not served.",
+    )
+    drain_seconds: float = setting(
+        env="TERMINATION_DRAIN_DURATION_SECONDS",
+        default=5.0,
+        doc="How long calls may go on after SIGTERM.",
+    )
+    log_level: str = setting(env="LOG_LEVEL", default="info", doc="Level, or logger=level,...")
+    log_format: str = setting(
+        env="LOG_FORMAT", default="", doc="json or plain.", choices=("", "json", "plain")
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.xds_port <= 65535:
+            raise ConfigError("is no port", field="xds_port")
+        if not 0 <= self.monitoring_port <= 65535:
+            raise ConfigError("is no port", field="monitoring_port")
+        if self.drain_seconds < 0:
+            raise ConfigError("is negative", field="drain_seconds")
+        for name in ("xds_host", "monitoring_host"):
+            try:
+                ipaddress.ip_address(getattr(self, name))
+            except ValueError as exc:
+                raise ConfigError("is no IP address", field=name) from exc
+        if not self.token_audiences:
+            raise ConfigError("is empty: every token would do", field="token_audiences")
+        for name in ("cluster_id", "cluster_domain", "root_namespace"):
+            if not getattr(self, name) or "/" in getattr(self, name):
+                raise ConfigError("is no name", field=name)
+        try:
+            SpiffeId(self.trust_domain, "namespace", "account")
+        except ConfigError as exc:
+            raise ConfigError(exc.message, field="trust_domain") from exc
+        for account in self.ca_trusted_node_accounts:
+            if account.count("/") != 1 or not all(account.split("/")):
+                raise ConfigError(
+                    f"{account!r} is no namespace/name", field="ca_trusted_node_accounts"
+                )
+
+    def mesh(self) -> Mesh:
+        """What derivations need to know."""
+        return Mesh(
+            cluster_id=self.cluster_id,
+            trust_domain=self.trust_domain,
+            domain=self.cluster_domain,
+            network=self.network,
+            root_namespace=self.root_namespace,
+        )
+
+    def serving_names(self) -> tuple[str, ...]:
+        """Names and addresses that the serving certificate is good for."""
+        service = f"istiod.{self.root_namespace}"
+        names = (
+            f"{service}.svc",
+            f"{service}.svc.{self.cluster_domain}",
+            service,
+            "istiod",
+            "localhost",
+            "127.0.0.1",
+            "::1",
+            *self.custom_hosts,
+        )
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def serves_debug(self) -> bool:
+        """Whether only this machine (or network namespace) can reach the monitoring port."""
+        return ipaddress.ip_address(self.monitoring_host).is_loopback

@@ -1,0 +1,149 @@
+"""What the controller shows of itself: who is connected and in step, what it says, what it found.
+
+/debug/syncz       each client, and per type what it was sent, acknowledged and refused
+/debug/workloadz   the workloads, services and policies that are told, as values
+/debug/findings    what is wrong or odd, object by object; checks of the whole set included
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import trio
+
+from istiod_lite.ads import AdsService, ClientStatus
+from istiod_lite.index import ClusterIndex
+from mesh.cluster.api import Cluster, Object, Put, Source, Synced
+from mesh.cluster.validate import Finding, check
+from mesh.model.authorization import Authorization
+from mesh.model.service import Service
+from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload
+from mesh.runtime.admin import AdminApp, Request, Response
+
+
+class DebugPages:
+    """Handlers of the pages above."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        index: ClusterIndex,
+        ads: AdsService,
+        findings: Callable[[], list[Finding]],
+    ) -> None:
+        self._cluster = cluster
+        self._index = index
+        self._ads = ads
+        self._findings = findings
+
+    def add_to(self, app: AdminApp) -> None:
+        """Route them."""
+        app.route("/debug/syncz", self.syncz)
+        app.route("/debug/workloadz", self.workloadz)
+        app.route("/debug/findings", self.findings)
+
+    async def syncz(self, _request: Request) -> Response:
+        """The clients."""
+        now = trio.current_time()
+        return Response.json([_client(each, now) for each in self._ads.clients()])
+
+    async def workloadz(self, _request: Request) -> Response:
+        """What is told, as of the last publication."""
+        current = self._ads.snapshot
+        models = [
+            entry.model
+            for resources in (current.resources.values() if current is not None else ())
+            for entry in resources.values()
+        ]
+        return Response.json(
+            {
+                "workloads": [plain(each) for each in models if isinstance(each, Workload)],
+                "services": [plain(each) for each in models if isinstance(each, Service)],
+                "policies": [plain(each) for each in models if isinstance(each, Authorization)],
+            }
+        )
+
+    async def findings(self, _request: Request) -> Response:
+        """What was found while translating, and by looking at all objects together."""
+        found = self._findings()
+        said = {(each.ref, each.field, each.message) for each in found}
+        objects = await _read_all(self._cluster)
+        checked = await trio.to_thread.run_sync(check, objects, self._index.mesh.root_namespace)
+        # An error of one object is in the first list already, in the words of its consequence.
+        rejected = {each.ref for each in found}
+        found += [
+            each
+            for each in checked
+            if each.ref not in rejected and (each.ref, each.field, each.message) not in said
+        ]
+        return Response.json([_finding(each) for each in found])
+
+
+async def _read_all(cluster: Cluster) -> list[tuple[Object, Source | None]]:
+    objects: list[tuple[Object, Source | None]] = []
+    async with cluster.watch(()) as events:
+        while not isinstance(event := await events.receive(), Synced):
+            if isinstance(event, Put):
+                objects.append((event.object, event.source))
+    return objects
+
+
+def _client(status: ClientStatus, now: float) -> dict[str, Any]:
+    node = status.node
+    return {
+        "node": node.id if node else "",
+        "nodeName": node.node_name if node else "",
+        "peer": status.peer,
+        "account": status.account,
+        "connectedSeconds": round(now - status.connected_at, 3),
+        "types": {
+            type_url.rpartition("/")[2]: {
+                "wildcard": each.is_wildcard,
+                "resources": len(each.versions),
+                "pending": each.pending,
+                "inFlight": each.in_flight,
+                "acked": each.acked,
+                "nacks": each.nacks,
+                "lastNack": each.last_nack,
+                "inSync": not each.pending and not each.in_flight,
+            }
+            for type_url, each in status.types.items()
+        },
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    place = finding.source.at(finding.field) if finding.source else None
+    return {
+        "severity": finding.severity.value,
+        "object": str(finding.ref) if finding.ref else "",
+        "field": finding.field,
+        "message": finding.message,
+        "hint": finding.hint,
+        "source": str(place) if place else "",
+    }
+
+
+def plain(value: Any) -> Any:
+    """A model as JSON: field by field in camel case, what is empty left out."""
+    match value:
+        case NamespacedHostname() | NetworkAddress():
+            return str(value)
+        case enum.Enum():
+            return value.name
+        case Mapping():
+            return {str(key): plain(each) for key, each in value.items()}
+        case tuple():
+            return [plain(each) for each in value]
+        case str() | int() | None:
+            return value
+    fields = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
+    return {_camel(name): plain(each) for name, each in fields if each not in ("", None, (), {})}
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(each.capitalize() for each in rest)
