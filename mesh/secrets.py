@@ -244,7 +244,8 @@ class SecretManager:
             secret.due = trio.current_time() + secret.backoff.next()
         finally:
             secret.fetching = None
-            self._announce(secret)
+        # Not after a bug or a cancellation: nothing is to be started then.
+        self._announce(secret)
 
     def _announce(self, secret: _Secret) -> None:
         event, secret.changed = secret.changed, trio.Event()
