@@ -16,6 +16,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import trio
+
 import mesh
 from istiod_lite.ads import AdsService
 from istiod_lite.authenticate import Authenticator, SignedTokenReviewer, read_keys

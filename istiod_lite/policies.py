@@ -4,10 +4,11 @@ The split is Istio's. A policy with targetRefs is a waypoint's and not ours; wit
 is the tunnel's: for the whole mesh (root namespace), a namespace, or the pods it selects.
 A rule of the API becomes one rule: its `from` one clause, its `to` one, each `when` one.
 
-The tunnel sees no HTTP. In an ALLOW, a rule that asks for HTTP is dropped and the policy
-stays: what only that rule would have allowed is denied. In a DENY the HTTP fields are
-dropped; an entry that says nothing else then matches nothing, as in Istio. Both are told
-as findings, because they are rarely what was meant.
+The tunnel sees no HTTP, and fails closed. In an ALLOW, a rule that asks for HTTP is dropped
+and the policy stays: what only that rule would have allowed is denied. In a DENY the HTTP
+fields are dropped and the rest denies, so more is denied than is written. (In Istio an
+entry with HTTP fields alone matches nothing there, and the DENY is silently skipped.) Both
+are told as findings, because they are rarely what was meant.
 
 A policy that cannot be read at all, and of which nothing older is known, is `closed`: it
 denies everything in its scope until it is repaired.
@@ -157,33 +158,17 @@ class _Translation:
         found = []
         if rule.operations:
             matches = [_operation(each) for each in rule.operations]
-            found.append(self._clause("to", matches))
+            found.append(_clause(matches, [bool(each.l7) for each in rule.operations]))
         if rule.sources:
             matches = [_source(each, self._policy.namespace) for each in rule.sources]
-            found.append(self._clause("from", matches))
-        for index, each in enumerate(rule.conditions):
+            found.append(_clause(matches, [bool(each.l7) for each in rule.sources]))
+        for each in rule.conditions:
             match = _condition(each, self._policy.namespace)
-            found.append(self._clause(f"when[{index}]", [match]))
-        never = any(clause.matches.count(_EMPTY) == len(clause.matches) for clause in found)
-        for field, names in beyond if not never else ():
+            found.append(_clause([match], [each.key not in L4_CONDITIONS]))
+        for field, names in beyond:
             message = f"{names} cannot be seen by the tunnel: more is denied than is written"
             self._tell(Severity.WARNING, field, message)
         return found
-
-    def _clause(self, part: str, matches: list[model.Match]) -> model.Clause:
-        empty = matches.count(_EMPTY)
-        if empty == len(matches):
-            message = (
-                "asks only for what the tunnel cannot see: this DENY rule never denies anything"
-            )
-            self._tell(Severity.ERROR, part, message)
-        elif empty:
-            message = (
-                f"{empty} of {len(matches)} entries ask only for what the tunnel cannot see: "
-                "they deny nothing"
-            )
-            self._tell(Severity.ERROR, part, message)
-        return model.Clause(tuple(matches))
 
     def _tell(self, severity: Severity, part: str, message: str) -> None:
         self._findings.append(
@@ -195,6 +180,16 @@ class _Translation:
                 hint="attach the policy to a waypoint with targetRefs",
             )
         )
+
+
+def _clause(matches: list[model.Match], unseen: list[bool]) -> model.Clause:
+    """A DENY rule's clause. An entry that asks only for what the tunnel cannot see may be what
+    it would have denied: then the clause asks nothing, and the rest of the rule decides. (An
+    empty Match would never match, and the rule would be silently skipped.)
+    """
+    if any(flag and match == _EMPTY for match, flag in zip(matches, unseen, strict=True)):
+        return model.Clause()
+    return model.Clause(tuple(matches))
 
 
 def _beyond_l4(rule: Rule) -> Iterable[tuple[str, str]]:

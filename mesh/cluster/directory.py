@@ -39,7 +39,7 @@ from mesh.cluster.api import (
     ref_of,
 )
 from mesh.cluster.documents import read_documents
-from mesh.cluster.tree import MAX_FILE_BYTES, FileTree, Refreshed
+from mesh.cluster.tree import MAX_FILE_BYTES, FileTree, Refreshed, read_file
 from mesh.errors import ConfigError, Unavailable
 
 # Milliseconds: how long a burst of changes may be gathered, and how long a quiet ends it.
@@ -141,11 +141,12 @@ class DirectoryCluster:
 
     def _load(self, ref: Ref) -> Object | None:
         path = self._path(ref)
-        with _file_errors(ref):
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
+        try:
+            data, _ = read_file(str(path))
+        except ConfigError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
                 return None
+            raise
         for each in read_documents(data, str(path), marks=False):
             if each.ref == ref:
                 return each.object

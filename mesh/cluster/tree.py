@@ -188,7 +188,7 @@ class FileTree:
             return _File()
         if file is not None and signature == file.signature and path not in self._waited:
             return None
-        data, signature = _read_file(path)
+        data, signature = read_file(path)
         if not data and has_objects and self._is_early(path, unsettled):
             return None
         self._waited.discard(path)
@@ -289,8 +289,11 @@ def _signature_of(found: os.stat_result) -> _Signature:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _read_file(path: str) -> tuple[bytes, _Signature]:
-    """All of a regular file, and what it was when we read it. Raises ConfigError."""
+def read_file(path: str) -> tuple[bytes, _Signature]:
+    """All of a regular file, and what it was when we read it.
+
+    Raises ConfigError, whose cause is the OSError if there was one.
+    """
     try:
         # Never wait for the writer of a named pipe.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,7 +1,8 @@
 """The cluster's DNS server: one zone, answered on the cluster DNS address inside every node.
 
 It answers as CoreDNS does for `cluster.local`. A lab has no upstream, so every other name does
-not exist; refusing it would make a mistyped Service name look like a temporary failure. Packets are parsed by dnslib; what it cannot parse is dropped.
+not exist; refusing it would make a mistyped Service name look like a temporary failure.
+Packets are parsed by dnslib; what it cannot parse is dropped.
 """
 
 from __future__ import annotations

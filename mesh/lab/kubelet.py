@@ -46,6 +46,8 @@ class Host:
     """Called after every change of a pod's state."""
     capture: Callable[[PodRunner], Awaitable[None]]
     """Called when the network is there and no container ran yet; returns when they may."""
+    unrouted: Callable[[], Awaitable[None]]
+    """Returns when nobody sends new connections to pods that are terminating."""
     token: Callable[[PodPlan, VolumeSource], str]
     most_grace: float = 1e9
     """Upper bound of every grace, lowered when the lab goes down."""
@@ -285,6 +287,8 @@ class PodRunner:
         self.is_terminating = True
         with contextlib.suppress(MeshError):
             await self.host.publish(self)
+        if self.namespaces is not None and not self.host.is_ending:
+            await self.host.unrouted()
         async with trio.open_nursery() as nursery:
             for runner in self.containers.values():
                 child = runner.state.child

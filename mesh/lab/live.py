@@ -39,9 +39,14 @@ _UIDS = uuid.UUID("0d5c7a3e-52a7-5d0b-9c0a-7d7b0a3c9a52")
 
 
 class Live:
-    """The live objects, in memory and on disk. `changed` is called after every change."""
+    """The live objects, in memory and on disk.
 
-    def __init__(self, path: Path, changed: Callable[[Ref], None]) -> None:
+    `changed` is called after every change of one, `pods_changed` when a file's Pods changed.
+    """
+
+    def __init__(
+        self, path: Path, changed: Callable[[Ref], None], pods_changed: Callable[[], None]
+    ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.cluster = DirectoryCluster(path, writable=True)
         self.objects: dict[Ref, Object] = {}
@@ -49,6 +54,7 @@ class Live:
         self.sources: dict[Ref, Source] = {}
         self.notes: set[str] = set()
         self._changed = changed
+        self._pods_changed = pods_changed
         self._applied: dict[Ref, Object] = {}
 
     async def watch(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -100,7 +106,7 @@ class Live:
             before = self.pods.get(ref)
             if before != wanted:
                 self.pods[ref] = wanted
-                self._changed(ref)
+                self._pods_changed()
             return
         live = self.objects.get(ref)
         if live is None:
@@ -118,7 +124,7 @@ class Live:
         self.sources.pop(ref, None)
         if ref.kind == "Pod":
             if self.pods.pop(ref, None) is not None:
-                self._changed(ref)
+                self._pods_changed()
             return
         if ref.kind == "Namespace" and ref.name in DEFAULT_NAMESPACES:
             return

@@ -37,6 +37,8 @@ MAX_CONNECTIONS = 128
 MAX_TAPS = 16
 MAX_NEEDLES = 64
 FOLLOW_SECONDS = 0.1
+REQUEST_SECONDS = 10.0
+DRAIN_SECONDS = 1.0
 _CHUNK = 1 << 18
 _CREDENTIALS = struct.Struct("3i")
 
@@ -67,14 +69,19 @@ async def _serve(
             data = data[sent:]
 
     try:
+        if not _is_owner(connection):
+            await send(error_answer(Denied("this lab belongs to another user")))
+            await _drain(connection)
+            return
         async with limiter:
             try:
-                _check_peer(connection)
-                request = await _receive(connection, fds)
-                answer = await desk.answer(request, fds, connection, send)
-                await send({"ok": answer})
+                with trio.fail_after(REQUEST_SECONDS):
+                    request = await _receive(connection, fds)
+                await send({"ok": await desk.answer(request, fds, connection, send)})
             except MeshError as error:
                 await send(error_answer(error))
+    except trio.TooSlowError:
+        pass
     except OSError:
         pass  # the asker went away
     finally:
@@ -83,12 +90,19 @@ async def _serve(
         connection.close()
 
 
-def _check_peer(connection: trio.socket.SocketType) -> None:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(credentials)
+def _is_owner(connection: trio.socket.SocketType) -> bool:
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(found)
     # In a user namespace other users show as the overflow uid, which is nobody's here.
-    if uid != os.getuid():
-        raise Denied("this lab belongs to another user")
+    return bool(uid == os.getuid())
+
+
+async def _drain(connection: trio.socket.SocketType) -> None:
+    """Let the other side read its answer: closing over unread bytes would reset it."""
+    connection.shutdown(socket.SHUT_WR)
+    with trio.move_on_after(DRAIN_SECONDS):
+        while await connection.recv(1 << 16):
+            pass
 
 
 async def _receive(connection: trio.socket.SocketType, fds: list[int]) -> Reader:

@@ -36,6 +36,8 @@ from mesh.lab.topology import Plan, PodPlan
 GATHER_SECONDS = 0.02
 ROLL_SECONDS = 60.0
 DOWN_SECONDS = 3.0
+UNROUTE_SECONDS = 2.0
+PROPAGATION_SECONDS = 0.25
 _PLANNED_KINDS = (*workloads.KINDS, "Service", "Node", *workloads.NOT_RUN)
 
 
@@ -46,7 +48,7 @@ class Supervisor:
         self, settings: LabSettings, run: Path, hide: str, environ: Mapping[str, str]
     ) -> None:
         speaker = Speaker(run / "logs" / "lab.log")
-        live = Live(run / "cluster", self._on_live_change)
+        live = Live(run / "cluster", self._on_live_change, self._ask_replan)
         self.state = LabState(settings, run, hide, speaker, live, Kernel())
         self._environ = environ
         self._ambient = Ambient(self.state, environ)
@@ -73,11 +75,14 @@ class Supervisor:
                 async with trio.open_nursery() as services:
                     services.start_soon(self._until_end, services.cancel_scope)
                     services.start_soon(serve, self)
-                    await self._come_up(services, logs)
-                    self.state.phase = "ready"
-                    self.state.notify()
-                    on_ready()
-                    await self._ambient.refresh_tokens()
+                    try:
+                        await self._come_up(services, logs)
+                        self.state.phase = "ready"
+                        self.state.notify()
+                        on_ready()
+                        await self._ambient.refresh_tokens()
+                    finally:
+                        self._hurry()
                 logs.cancel_scope.cancel()
             base.cancel_scope.cancel()
 
@@ -120,14 +125,19 @@ class Supervisor:
         """Give programs a moment to end; the end of this process ends the rest."""
         self.state.phase = "stopping"
         self.state.notify()
-        if self._host is None or self._pods is None:
+        self._hurry()
+        if self._pods is None:
             return
-        self._host.most_grace = DOWN_SECONDS
-        self._host.is_ending = True
         self._pods.cancel_scope.cancel()
         with trio.move_on_after(DOWN_SECONDS + 1):
             for runner in [*self.state.runners.values(), *self.state.stopping]:
                 await runner.ended.wait()
+
+    def _hurry(self) -> None:
+        """From now on pods end fast, and leave the tidying to the end of the namespaces."""
+        if self._host is not None:
+            self._host.most_grace = DOWN_SECONDS
+            self._host.is_ending = True
 
     # Plans.
 
@@ -139,13 +149,14 @@ class Supervisor:
                     runner.files.refresh()
             if ref == ROOT_CERTIFICATE:
                 self._ambient.write_root_certificate()
-        elif ref.kind in _PLANNED_KINDS or ref.kind == "Pod":
-            # A Pod's status is ours; what counts is one that a file has or no longer has.
-            if ref.kind != "Pod" or ref not in state.live.objects or ref in state.live.pods:
-                state.ask_replan()
+        elif ref.kind in _PLANNED_KINDS:
+            state.ask_replan()
         elif ref.kind == "Namespace":
             state.ask_reroute()
         state.notify()
+
+    def _ask_replan(self) -> None:
+        self.state.ask_replan()
 
     def _make_plan(self) -> Plan:
         state = self.state
@@ -216,7 +227,8 @@ class Supervisor:
         runner.pod = runner.files.pod = pod
         runner.files.refresh()
         if patch:
-            await self.state.live.patch(ref, {"metadata": patch})
+            with contextlib.suppress(MeshError):
+                await self.state.live.patch(ref, {"metadata": patch})
 
     async def _ensure_surroundings(self, pod: PodPlan) -> None:
         why = f"made for pod {pod.namespace}/{pod.name}"
@@ -288,27 +300,42 @@ class Supervisor:
             objects=state.live.lookup,
             publish=self._publish,
             capture=self._ambient.capture,
+            unrouted=self._unrouted,
             token=self._ambient.pod_token,
         )
 
+    async def _unrouted(self) -> None:
+        """Let Services, and the mesh's proxies, hear that a pod is going."""
+        with trio.move_on_after(UNROUTE_SECONDS):
+            if self.state.settings.mesh:
+                await trio.sleep(PROPAGATION_SECONDS)
+            while not self.state.is_routed:
+                await self.state.changed.wait()
+
     async def _publish(self, runner: PodRunner) -> None:
         """Write a pod's live object as its runner sees it."""
-        state = self.state
-        ref = Ref("Pod", *runner.pod.key)
-        live = state.live.objects.get(ref)
-        status = runner.status()
-        if self._host is not None and self._host.is_ending:
+        if self._host is None or self._host.is_ending:
             return
-        if live is None or live["metadata"].get("uid") != runner.pod.uid:
+        try:
+            await self._write_pod(runner)
+        except MeshError as error:
+            self.state.speaker.say(f"pod {runner.pod.namespace}/{runner.pod.name}: {error}")
+        self.state.ask_reroute()
+
+    async def _write_pod(self, runner: PodRunner) -> None:
+        live = self.state.live
+        ref = Ref("Pod", *runner.pod.key)
+        status = runner.status()
+        written = await live.cluster.get(ref)
+        if written is None or written["metadata"].get("uid") != runner.pod.uid:
             if not runner.is_terminating:
                 told = {key: value for key, value in status.items() if value is not None}
-                await state.live.create({**runner.pod.object, "status": told})
-        else:
-            patch: dict[str, Any] = {"status": status}
-            if runner.is_terminating and "deletionTimestamp" not in live["metadata"]:
-                patch["metadata"] = {"deletionTimestamp": wall_clock()}
-            await state.live.patch(ref, patch)
-        state.ask_reroute()
+                await live.create({**runner.pod.object, "status": told})
+            return
+        patch: dict[str, Any] = {"status": status}
+        if runner.is_terminating and "deletionTimestamp" not in written["metadata"]:
+            patch["metadata"] = {"deletionTimestamp": wall_clock()}
+        await live.patch(ref, patch)
 
 
 async def _open_nursery(

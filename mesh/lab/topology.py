@@ -150,6 +150,8 @@ def plan(
                 scheduler.run_pod(obj, kept)
             elif kind == "Service":
                 ips = scheduler.run_service(obj, previous, ips)
+            elif kind == "Node":
+                Reader(obj).at("metadata", "labels").labels()
             elif kind in workloads.NOT_RUN:
                 notes.add(f"{ref_of(dict(obj))} is carried along; the lab does not run it")
         except ConfigError as error:
@@ -224,7 +226,10 @@ def _nodes(objects: Sequence[Mapping[str, Any]], count: int | None) -> tuple[Nod
     for obj in objects:
         if obj.get("kind") == "Node":
             metadata = Reader(obj).get("metadata")
-            labels = metadata.get("labels").labels()
+            try:
+                labels = metadata.get("labels").labels()
+            except ConfigError:
+                labels = {}  # told as a fault when the objects are gone through
             nodes.append(_node(metadata.get("name").name(), len(nodes) + 1, labels))
     wanted = count or (len(nodes) or DEFAULT_NODES)
     names = {node.name for node in nodes}
@@ -292,14 +297,18 @@ class _Scheduler:
         key = (ref.namespace, ref.name)
         if key in self.pods:
             raise ConfigError(f"a pod of {self.pods[key].owner} has the same name")
-        revision = workloads.revision_of({"spec": obj.get("spec")})
+        metadata = Reader(obj).get("metadata")
+        for table in ("labels", "annotations"):
+            metadata.get(table).labels()
+        spec = parse_pod_spec(Reader(obj).get("spec"))
+        revision = workloads.revision_of({"spec": obj["spec"]})
         pod = kept.get(key)
         if pod is not None and not pod.owner and pod.revision == revision:
             self.pods[key] = replace(pod, object=_carry(obj, pod))
             return
         body = copy.deepcopy(dict(obj))
         body["metadata"]["namespace"] = ref.namespace
-        self._place(body, parse_pod_spec(Reader(obj).get("spec")), revision, "", None)
+        self._place(body, spec, revision, "", None)
 
     def run_service(self, obj: Mapping[str, Any], previous: Plan, held: ClusterIps) -> ClusterIps:
         """Give a Service its addresses. Raises ConfigError."""

@@ -384,3 +384,55 @@ async def test_only_changed_files_are_read(tmp_path, monkeypatch):
         (tmp_path / "7.json").write_text(json.dumps(pod("p7", a="b")))
         await watch.until(lambda each: each.objects[Ref("Pod", "shop", "p7")]["metadata"]["labels"])
         assert set(read) == {str(tmp_path / "7.json")}
+
+
+async def test_without_notification_it_says_so_and_polls(tmp_path, monkeypatch):
+    def no_watches(*_args, **_options):
+        raise OSError("OS file watch limit reached")
+
+    monkeypatch.setattr("watchfiles.awatch", no_watches)
+    async with watched(tmp_path) as watch:
+        await watch.until(lambda each: each.faults)
+        text = str(watch.faults[0].error)
+        assert "OS file watch limit reached" in text
+        assert "polling every" in text
+        (tmp_path / "a.yaml").write_text(service("a"))
+        await watch.until(lambda each: each.ports() == {"a": 80})
+
+
+async def test_a_reader_that_closes_its_end_ends_the_watch(tmp_path):
+    (tmp_path / "a.yaml").write_text(service("a"))
+    async with DirectoryCluster(tmp_path).watch([]) as receive:
+        await receive.receive()
+        receive.close()
+        (tmp_path / "b.yaml").write_text(service("b"))
+        await trio.sleep(0.2)
+
+
+async def test_a_cancelled_watch_closes_everything(tmp_path):
+    (tmp_path / "a.yaml").write_text(service("a"))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with trio.move_on_after(0.1) as scope:
+            async with DirectoryCluster(tmp_path).watch([]) as receive:
+                async for _event in receive:
+                    pass
+        assert scope.cancelled_caught
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_more_files_than_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mesh.cluster.tree.MAX_FILES", 3)
+    for name in "abcdef":
+        (tmp_path / f"{name}.yaml").write_text(service(name))
+    async with watched(tmp_path) as watch:
+        assert len(watch.ports()) <= 4
+        assert "more than 3 files" in str(watch.faults[0].error)
+
+
+async def test_a_linked_directory_is_not_entered(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "a.yaml").write_text(service("a"))
+    async with watched(tmp_path) as watch:
+        assert watch.ports() == {"a": 80}
+        assert "a linked directory is not read" in str(watch.faults[0].error)
