@@ -331,7 +331,7 @@ def pipe_and_namespace() -> list[int]:
         (encode_request(Add("u", "n", "ns", "sa")), 1, "no network namespace"),
         (encode_request(Add("u", "n", "ns", "sa")), 2, "2 descriptors instead of one"),
         (encode_request(Keep("u")), 2, "2 descriptors with"),
-        (encode_request(Add("u", "n", "ns", "sa")), 20, "could not be received"),
+        (encode_request(Add("u", "n", "ns", "sa")), 40, "could not be received"),
         (b"\x0a" + b"x" * 1100, 1, "longer than 1024"),
         (b"\xff\xff", 0, "not readable"),
     ],

@@ -86,7 +86,7 @@ def test_a_request_that_fits_no_packet_is_our_fault() -> None:
 def test_a_long_error_is_cut_at_a_character() -> None:
     data = encode_ack("é" * 2000)
     assert len(data) <= PACKET_BYTES
-    assert decode_ack(data) == "é" * 450
+    assert decode_ack(data).error == "é" * 450
 
 
 def test_an_answer_must_be_an_ack() -> None:
@@ -116,4 +116,4 @@ def test_any_error_text_fits_and_is_understood(text: str) -> None:
     data = encode_ack(text)
     assert len(data) <= PACKET_BYTES
     # The replacement character stands for what UTF-8 cannot say (lone surrogates).
-    assert text.encode("utf-8", "replace").decode().startswith(decode_ack(data))
+    assert text.encode("utf-8", "replace").decode().startswith(decode_ack(data).error)
