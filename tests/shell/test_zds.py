@@ -345,7 +345,7 @@ async def test_what_cannot_be_accepted_is_answered_with_the_reason(
         with peer, connection:
             assert peer.recv(1024) == encode_hello()
             own = pipe_and_namespace()
-            socket.send_fds(peer, [packet], (own * 10)[:fds])
+            socket.send_fds(peer, [packet], (own * 20)[:fds])
             with pytest.raises(RemoteProtocolError, match=message):
                 await connection.receive()
             assert message.encode() in peer.recv(1024)
