@@ -19,6 +19,7 @@ from mesh.errors import KernelError
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 NS_GET_NSTYPE = 0xB703
+SIOCGSKNS = 0x894C
 EX_SOFTWARE = 70
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,6 +58,23 @@ def is_network_namespace(fd: int) -> bool:
         return fcntl.ioctl(fd, NS_GET_NSTYPE) == CLONE_NEWNET
     except OSError:
         return False
+
+
+def identity_of_socket(fd: int) -> tuple[int, int]:
+    """The identity of the network namespace in which a socket was born.
+
+    Raises KernelError: no socket, or no CAP_NET_ADMIN in that namespace.
+    """
+    try:
+        namespace = fcntl.ioctl(fd, SIOCGSKNS)
+    except OSError as exc:
+        raise KernelError(
+            f"namespace of a socket: {exc.strerror}", errno=exc.errno or 0, command="SIOCGSKNS"
+        ) from exc
+    try:
+        return identity(namespace)
+    finally:
+        os.close(namespace)
 
 
 def create() -> int:

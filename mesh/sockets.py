@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ OUTBOUND_PORT = 15001
 INBOUND_PLAINTEXT_PORT = 15006
 HBONE_PORT = 15008
 DNS_PORT = 15053
+_INTERNET = frozenset({socket.AF_INET, socket.AF_INET6})
 PRIVATE_PORTS = frozenset({OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT})
 
 LISTEN_BACKLOG = 1024
@@ -95,19 +97,31 @@ def open_listener(
     host: str = "::",
     mark: int = 0,
     backlog: int = LISTEN_BACKLOG,
+    shares_port: bool = False,
 ) -> socket.socket:
     """A TCP listener; host `::` serves IPv4 and IPv6 together, and falls back to
-    `0.0.0.0` where the kernel has no IPv6. Raises KernelError naming address and port.
+    `0.0.0.0` where the kernel has no IPv6. With `shares_port` a second process may listen
+    there too (SO_REUSEPORT), as our successor does while we drain.
+    Raises KernelError naming address and port.
     """
     try:
         listener = open_socket(_family(host), namespace=namespace)
     except KernelError as exc:
         if host != "::" or exc.errno != errno.EAFNOSUPPORT:
             raise
-        return open_listener(port, namespace=namespace, host="0.0.0.0", mark=mark, backlog=backlog)
+        return open_listener(
+            port,
+            namespace=namespace,
+            host="0.0.0.0",
+            mark=mark,
+            backlog=backlog,
+            shares_port=shares_port,
+        )
     try:
         with _kernel(f"listen on {SocketAddress(host, port)}"):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shares_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if mark:
                 listener.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
@@ -121,11 +135,47 @@ def open_listener(
     return listener
 
 
-def open_udp(host: str, port: int, *, namespace: int | None = None, mark: int = 0) -> socket.socket:
-    """A bound UDP socket. Raises KernelError."""
+def adopt_listener(fd: int, port: int, *, namespace: int) -> socket.socket:
+    """A socket of our own (a duplicate of `fd`, which is lent) for a listener that another
+    process opened: it must serve `port` in `namespace`. Raises KernelError.
+    """
+    duplicate = os.dup(fd)
+    try:
+        with _kernel(f"listener handed over for port {port}"):
+            found = socket.socket(fileno=duplicate)
+    except BaseException:
+        os.close(duplicate)
+        raise
+    try:
+        if netns.identity_of_socket(fd) != netns.identity(namespace):
+            raise KernelError(f"the listener handed over for port {port} is of another pod")
+        with _kernel(f"listener handed over for port {port}"):
+            serves = found.type == socket.SOCK_DGRAM or found.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+            )
+            if found.family not in _INTERNET or not serves or found.getsockname()[1] != port:
+                raise KernelError(f"what was handed over does not serve port {port}")
+            found.setblocking(False)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def open_udp(
+    host: str,
+    port: int,
+    *,
+    namespace: int | None = None,
+    mark: int = 0,
+    shares_port: bool = False,
+) -> socket.socket:
+    """A bound UDP socket; `shares_port` as in `open_listener`. Raises KernelError."""
     bound = open_socket(_family(host), socket.SOCK_DGRAM, namespace=namespace)
     try:
         with _kernel(f"bind udp {SocketAddress(host, port)}"):
+            if shares_port:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if mark:
                 bound.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
             bound.bind((host, port))

@@ -49,6 +49,7 @@ _log = log.get("netconfig")
 
 async def run(config: NetconfigConfig, shutdown: lifecycle.Shutdown) -> None:
     """The whole daemon, until it is asked to end. Raises ConfigError, KernelError."""
+    lifecycle.raise_file_limit()
     nft.check_library()
     cluster = DirectoryCluster(config.cluster_dir, writable=True)
     async with trio.open_nursery() as nursery:

@@ -7,18 +7,24 @@ is draining), the end of a pod to all of them.
 Descriptors are borrowed: whoever registers a pod keeps its descriptor open until it has
 called `forget` or `delete`. For each message a duplicate is sent and closed again, so that a
 pod which ends meanwhile cannot have its descriptor's number reused under a message.
+
+Keeper of the pods' listeners: a proxy that knows how answers with its listening sockets. Our
+duplicates keep them open when that proxy is killed or exchanged, so that who connects
+meanwhile waits in their queues, and the next proxy gets them with the pod. They are ours alone
+and are closed by `forget` and `delete`, at the latest: no pod's namespace lives on by them.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
-from mesh import zds
+from mesh import netns, zds
 from mesh.errors import MeshError, Unavailable
 from mesh.runtime import log
 from netconfig.plan import Target
@@ -28,10 +34,13 @@ _log = log.get("handoff")
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A pod to be carried; `fd` is borrowed, None while its namespace is not known."""
+    """A pod to be carried; `fd` is borrowed, None while its namespace is not known.
+    `listeners`, by kind, are owned.
+    """
 
     target: Target
     fd: int | None
+    listeners: dict[int, int] = field(default_factory=dict)
 
 
 class HandOff:
@@ -75,11 +84,23 @@ class HandOff:
 
     def register(self, target: Target, fd: int | None) -> None:
         """Name the pod in snapshots from now on, without telling a proxy now."""
-        self._entries[target.uid] = _Entry(target, fd)
+        before = self._entries.pop(target.uid, None)
+        listeners = before.listeners if before is not None else {}
+        known = before.fd if before is not None else None
+        if known is None or fd is None or netns.identity(known) != netns.identity(fd):
+            _drop(listeners)
+        self._entries[target.uid] = _Entry(target, fd, listeners)
 
     def forget(self, uid: str) -> None:
-        """Name the pod in no snapshot any more."""
-        self._entries.pop(uid, None)
+        """Name the pod in no snapshot any more, and let go of its listeners."""
+        entry = self._entries.pop(uid, None)
+        if entry is not None:
+            _drop(entry.listeners)
+
+    def listeners(self, uid: str) -> list[int]:
+        """The kinds of listeners that are kept for a pod."""
+        entry = self._entries.get(uid)
+        return sorted(entry.listeners) if entry is not None else []
 
     async def add(self, target: Target, fd: int) -> str | None:
         """Register the pod and hand it to the newest proxy; the proxy's error, or None.
@@ -139,14 +160,52 @@ class HandOff:
             return None
         if entry.fd is None:
             return await session.keep(uid)
-        fd = os.dup(entry.fd)
+        if not session.takes_listeners:
+            # It opens its own, on the same ports.
+            _drop(entry.listeners)
+        kinds = tuple(entry.listeners)
+        target = entry.target
+        fds: list[int] = []
         try:
-            target = entry.target
-            return await session.add(
-                zds.Add(uid, target.ref.name, target.ref.namespace, target.service_account, (fd,))
+            fds.extend(map(os.dup, (entry.fd, *entry.listeners.values())))
+            message = zds.Add(
+                uid,
+                target.ref.name,
+                target.ref.namespace,
+                target.service_account,
+                tuple(fds),
+                kinds if session.takes_listeners else None,
             )
+            return await session.add(message, functools.partial(self._keep, uid))
+        except OSError as exc:
+            raise Unavailable(f"cannot hand {target.ref} over: {exc.strerror}") from exc
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
+
+    def _keep(self, uid: str, given: Mapping[int, int]) -> None:
+        """Take over the listeners of a pod, in place of those that were kept."""
+        listeners = dict(given)
+        entry = self._entries.get(uid)
+        try:
+            if entry is None or entry.fd is None:  # gone since it was handed over
+                raise Unavailable("the pod is gone")
+            inside = netns.identity(entry.fd)
+            if any(netns.identity_of_socket(each) != inside for each in listeners.values()):
+                raise Unavailable("they are not the pod's")
+        except MeshError as exc:
+            _log.warning("listeners_refused", uid=uid, error=str(exc))
+            _drop(listeners)
+            return
+        _drop(entry.listeners)
+        entry.listeners.update(listeners)
+
+
+def _drop(listeners: dict[int, int]) -> None:
+    """Close what is kept."""
+    while listeners:
+        _, fd = listeners.popitem()
+        os.close(fd)
 
 
 def _tell_failure(error: MeshError) -> None:

@@ -10,17 +10,17 @@
        └─ PodProxy                     15001, 15006, 15008, 15053 inside the pod
           └─ one task per connection
 
-Cancelling a branch cuts what hangs on it. SIGTERM drains: listeners close, tunnels say
-GOAWAY, connections may finish until the deadline.
+Cancelling a branch cuts what hangs on it. SIGTERM drains: we accept no more, tunnels say
+GOAWAY, connections may finish until the deadline. The pods' listeners stay open meanwhile, and
+after us, because the node agent has duplicates: our successor goes on accepting from them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import resource
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trio
@@ -62,7 +62,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
 
     If cancelled: every connection is cut.
     """
-    _raise_file_limit()
+    lifecycle.raise_file_limit()
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
     tcp_metrics = metrics.TcpMetrics(registry)
@@ -74,9 +74,13 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
         pods = Pods(node, metrics.WorkloadManagerMetrics(registry), readiness)
         async with trio.open_nursery() as nursery:
             start = nursery.start_soon
-            await _serve(nursery, config.readiness_address, readiness_app(readiness))
-            await _serve(nursery, config.stats_address, metrics_app(registry))
-            await _serve(nursery, config.admin_address, _admin(node, pods, shutdown))
+            pages = (
+                (config.readiness_address, readiness_app(readiness)),
+                (config.stats_address, metrics_app(registry)),
+                (config.admin_address, _admin(node, pods, shutdown)),
+            )
+            doors = trio.CancelScope()
+            await nursery.start(_serve, pages, doors, nursery)
             start(reactor.run)
             start(access.run)
             start(metrics.expire_idle, tcp_metrics)
@@ -88,6 +92,8 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             start(_run_pods, pods, has_state, synced.done)
             await shutdown.wait()
             _log.info("draining", connections=len(node.connections), seconds=config.drain_seconds)
+            # Whoever asks from now on means our successor.
+            doors.cancel()
             await pods.drain(config.drain_seconds)
             nursery.cancel_scope.cancel()
 
@@ -184,22 +190,35 @@ async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
     await pods.run()
 
 
-async def _serve(nursery: trio.Nursery, address: str, app: AdminApp) -> None:
-    listeners = _listen(address)
-    await nursery.start(functools.partial(app.serve, listeners))
+async def _serve(
+    pages: Sequence[tuple[str, AdminApp]],
+    doors: trio.CancelScope,
+    connections: trio.Nursery,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Let requests in until `doors` is cancelled; those that are in live in `connections`."""
+    with doors:
+        async with trio.open_nursery() as nursery:
+            for address, app in pages:
+                serve = functools.partial(app.serve, _listen(address), connections=connections)
+                await nursery.start(serve)
+            task_status.started()
 
 
 def _listen(address: str) -> list[socket.socket]:
-    """Listeners for `host:port`; `localhost` is both loopback addresses."""
+    """Listeners for `host:port`; `localhost` is both loopback addresses. The port is shared
+    with the process before us, and the one after.
+    """
     host, found, port = address.rpartition(":")
     if not found or not port.isdigit():
         raise ConfigError(f"not an address: {address!r}", hint="give host:port")
     if host != "localhost":
-        return [open_listener(int(port), host=host.strip("[]") or "::")]
-    listeners = [open_listener(int(port), host="127.0.0.1")]
+        return [open_listener(int(port), host=host.strip("[]") or "::", shares_port=True)]
+    listeners = [open_listener(int(port), host="127.0.0.1", shares_port=True)]
     if socket.has_ipv6:
         try:
-            listeners.append(open_listener(int(port), host="::1"))
+            listeners.append(open_listener(int(port), host="::1", shares_port=True))
         except KernelError:
             _log.info("no_ipv6_loopback", address=address)
     return listeners
@@ -225,9 +244,3 @@ def _admin(node: Node, pods: Pods, shutdown: Shutdown) -> AdminApp:
 
 def _report_bug(error: Exception, where: object) -> None:
     lifecycle.report_bug(f"reactor: {type(where).__name__}", error)
-
-
-def _raise_file_limit() -> None:
-    # Every connection is two descriptors, every pod eight; the soft limit is for shells.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -169,6 +169,11 @@ class DnsProxy:
         self._in_flight = 0
         self._tcp_clients = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody waits for an answer, or may ask on an open connection."""
+        return bool(self._in_flight or self._tcp_clients)
+
     async def serve_udp(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         """Answer datagrams of `sock` for ever; forwarded ones in tasks of `nursery`."""
         while True:

@@ -102,6 +102,9 @@ async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
         node.connections.failed(record, _gone(exc))
         return
     proxy.inbound_connections.add(connection)
+    if proxy.is_draining:
+        # It shook hands while we stopped accepting: the peer is sent on to our successor.
+        connection.goaway()
     try:
         await connection.run()
     finally:

@@ -1,8 +1,9 @@
 """One captured pod, served from inside its network namespace.
 
 `PodProxy` lends the pod's namespace descriptor, opens the listeners there (15001 outbound,
-15006 inbound plaintext, 15008 HBONE, 15053 DNS) before anything is redirected to them, and
-runs the pod's tasks in one nursery: cancel it, and every connection of the pod is cut.
+15006 inbound plaintext, 15008 HBONE, 15053 DNS) before anything is redirected to them, or takes
+over those that an earlier proxy had, and runs the pod's tasks in one nursery: cancel it, and
+every connection of the pod is cut.
 Every socket in the pod carries the proxy's mark, listeners too, because accepted sockets
 inherit it and the way back depends on it.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
@@ -28,6 +29,7 @@ from mesh.runtime import lifecycle, log
 from mesh.sockets import PROXY_MARK
 from mesh.tls.certificate import Certificate
 from mesh.tls.context import verify_server_peer
+from mesh.zds import Listener
 from ztunnel import inbound, outbound
 from ztunnel.dns import DnsProxy, Forwarder
 from ztunnel.node import Node
@@ -39,6 +41,20 @@ CERTIFICATE_SECONDS = 5.0
 _ACCEPTS_PER_TURN = 64
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE_SECONDS = 0.1
+_DRAIN_POLL_SECONDS = 0.02
+
+# DNS on loopback by name: answers from a wildcard socket would not match what was redirected.
+_PLACES = {
+    Listener.OUTBOUND: ("::", sockets.OUTBOUND_PORT),
+    Listener.INBOUND_PLAINTEXT: ("::", sockets.INBOUND_PLAINTEXT_PORT),
+    Listener.INBOUND_HBONE: ("::", sockets.HBONE_PORT),
+    Listener.DNS_UDP: ("127.0.0.1", sockets.DNS_PORT),
+    Listener.DNS_TCP: ("127.0.0.1", sockets.DNS_PORT),
+    Listener.DNS_UDP_V6: ("::1", sockets.DNS_PORT),
+    Listener.DNS_TCP_V6: ("::1", sockets.DNS_PORT),
+}
+_UDP = frozenset({Listener.DNS_UDP, Listener.DNS_UDP_V6})
+_DNS = _UDP | {Listener.DNS_TCP, Listener.DNS_TCP_V6}
 
 _log = log.get("inpod")
 
@@ -54,41 +70,54 @@ class PodProxy:
         self.inbound_connections: set[TunnelConnection] = set()
         self.pool: Pool
         self.nursery: trio.Nursery
-        self._listeners: dict[str, socket.socket] = {}
-        self._dns_listeners: list[socket.socket] = []
-        self._dns_sockets: list[socket.socket] = []
+        self.is_draining = False
+        self._listeners: dict[Listener, socket.socket] = {}
+        self._serving = 0
+        self._dns = DnsProxy(node, self.forwarder, lambda: self.workload)
         self._scope = trio.CancelScope()
         self._accepting = trio.CancelScope()
+        self._answering = trio.CancelScope()
         self._stopped = trio.Event()
 
     # -- life
 
-    def open(self) -> None:
-        """Open every listener, or none. Raises KernelError."""
-        inside, mark = self.namespace, PROXY_MARK
+    def open(self, handed: Mapping[int, int] | None = None, *, shares_ports: bool = False) -> None:
+        """Open every listener, or none; `handed` are lent descriptors of some, by kind.
+
+        With `shares_ports` another proxy may listen beside us. Raises KernelError.
+        """
+        given = handed or {}
         try:
-            for name, port in (
-                ("outbound", sockets.OUTBOUND_PORT),
-                ("plaintext", sockets.INBOUND_PLAINTEXT_PORT),
-                ("hbone", sockets.HBONE_PORT),
-            ):
-                self._listeners[name] = sockets.open_listener(port, namespace=inside, mark=mark)
-            if self.node.config.dns_capture:
-                self._open_dns("127.0.0.1")
+            for kind, (host, port) in _PLACES.items():
+                if kind in _DNS and not self.node.config.dns_capture:
+                    continue
                 # A pod without IPv6 has no ::1 to listen on; then nothing can ask there.
-                with contextlib.suppress(KernelError):
-                    self._open_dns("::1")
+                suppressed = (KernelError,) if host == "::1" and kind not in given else ()
+                with contextlib.suppress(*suppressed):
+                    self._listeners[kind] = self._open_one(
+                        kind, host, port, given.get(kind), shares_ports=shares_ports
+                    )
         except BaseException:
             self._close_listeners()
             raise
 
-    def _open_dns(self, host: str) -> None:
-        # Loopback by name: answers from a wildcard socket would not match what was redirected.
-        inside, port, mark = self.namespace, sockets.DNS_PORT, PROXY_MARK
-        self._dns_sockets.append(sockets.open_udp(host, port, namespace=inside, mark=mark))
-        self._dns_listeners.append(
-            sockets.open_listener(port, namespace=inside, host=host, mark=mark)
+    def _open_one(
+        self, kind: Listener, host: str, port: int, given: int | None, *, shares_ports: bool
+    ) -> socket.socket:
+        inside, mark = self.namespace, PROXY_MARK
+        if given is not None:
+            return sockets.adopt_listener(given, port, namespace=inside)
+        if kind in _UDP:
+            return sockets.open_udp(
+                host, port, namespace=inside, mark=mark, shares_port=shares_ports
+            )
+        return sockets.open_listener(
+            port, namespace=inside, host=host, mark=mark, shares_port=shares_ports
         )
+
+    def listeners(self) -> dict[int, int]:
+        """The listening sockets' descriptors by kind, lent."""
+        return {kind: each.fileno() for kind, each in self._listeners.items()}
 
     async def run(self) -> None:
         """Serve until stopped. If cancelled: every connection of the pod is cut."""
@@ -103,10 +132,7 @@ class PodProxy:
                         max_streams=config.pool_max_streams,
                         idle_seconds=config.pool_idle_seconds,
                     )
-                    for dns_socket in self._dns_sockets:
-                        nursery.start_soon(self._dns().serve_udp, dns_socket, nursery)
-                    for listener in self._dns_listeners:
-                        nursery.start_soon(self._serve_dns_tcp, self._dns(), listener)
+                    nursery.start_soon(self._answer_dns)
                     await self._accept_all()
                     await trio.sleep_forever()
         finally:
@@ -120,16 +146,27 @@ class PodProxy:
         with trio.CancelScope(shield=True):
             await self._stopped.wait()
 
-    def stop_accepting(self) -> None:
-        """Begin to drain: no new connections, no new tunnels on those that are open."""
+    def stop_accepting(self, *, has_successor: bool = False) -> None:
+        """Begin to drain: no new connections, no new tunnels on those that are open.
+
+        With a successor it is the one to answer DNS from now on, too.
+        """
+        self.is_draining = True
         self._accepting.cancel()
+        if has_successor:
+            self._answering.cancel()
         for connection in tuple(self.inbound_connections):
             connection.goaway()
 
-    async def drain(self, seconds: float) -> None:
-        """Let connections finish, for at most `seconds`; DNS is answered meanwhile."""
-        self.stop_accepting()
+    async def drain(self, seconds: float, *, has_successor: bool = False) -> None:
+        """Let connections finish, for at most `seconds`. Without a successor DNS is answered
+        meanwhile.
+        """
+        self.stop_accepting(has_successor=has_successor)
         with trio.move_on_after(seconds):
+            # Also those that were just accepted and are nobody's connection yet.
+            while self._serving or (has_successor and self._dns.is_busy):  # noqa: ASYNC110 - rare
+                await trio.sleep(_DRAIN_POLL_SECONDS)
             await self.node.connections.wait_empty(self.pod.uid)
         await self.pool.drain(0)
 
@@ -192,12 +229,12 @@ class PodProxy:
     async def _accept_all(self) -> None:
         with self._accepting:
             async with trio.open_nursery() as accepting:
-                for name, serve in (
-                    ("outbound", outbound.serve),
-                    ("plaintext", inbound.serve_plaintext),
-                    ("hbone", inbound.serve_hbone),
+                for kind, name, serve in (
+                    (Listener.OUTBOUND, "outbound", outbound.serve),
+                    (Listener.INBOUND_PLAINTEXT, "plaintext", inbound.serve_plaintext),
+                    (Listener.INBOUND_HBONE, "hbone", inbound.serve_hbone),
                 ):
-                    accepting.start_soon(self._accept, name, self._listeners[name], serve)
+                    accepting.start_soon(self._accept, name, self._listeners[kind], serve)
         self._close_listeners(but_dns=True)
 
     async def _accept(
@@ -219,6 +256,10 @@ class PodProxy:
                         _log.warning("accept_failed", listener=name, error=exc.strerror)
                         await trio.sleep(_PAUSE_SECONDS)
                     break
+                if name != "hbone":
+                    # Should we be killed, the peer must not take that for an orderly end.
+                    sockets.reset_on_close(sock)
+                self._serving += 1
                 self.nursery.start_soon(self._serve_one, name, serve, sock, slots)
 
     async def _serve_one(
@@ -237,27 +278,34 @@ class PodProxy:
                 sockets.reset_on_close(sock)
                 sock.close()
             slots.release()
+            self._serving -= 1
 
     # -- DNS
 
-    def _dns(self) -> DnsProxy:
-        return DnsProxy(self.node, self.forwarder, lambda: self.workload)
+    async def _answer_dns(self) -> None:
+        with self._answering:
+            async with trio.open_nursery() as answering:
+                for kind in _DNS & self._listeners.keys():
+                    listener = self._listeners[kind]
+                    if kind in _UDP:
+                        answering.start_soon(self._dns.serve_udp, listener, self.nursery)
+                    else:
+                        answering.start_soon(self._serve_dns_tcp, listener)
 
-    async def _serve_dns_tcp(self, dns: DnsProxy, listener: socket.socket) -> None:
+    async def _serve_dns_tcp(self, listener: socket.socket) -> None:
         async def serve(stream: trio.SocketStream) -> None:
             async with stream:
-                await lifecycle.guard("dns", dns.serve_tcp, stream)
+                await lifecycle.guard("dns", self._dns.serve_tcp, stream)
 
         wrapped = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-        await trio.serve_listeners(serve, [wrapped])
+        # Whoever was accepted is answered, also when no more are accepted.
+        await trio.serve_listeners(serve, [wrapped], handler_nursery=self.nursery)
 
     def _uid_or_nothing(self) -> str:
         workload = self.workload
         return workload.uid if workload is not None else ""
 
     def _close_listeners(self, *, but_dns: bool = False) -> None:
-        for listener in self._listeners.values():
-            listener.close()
-        if not but_dns:
-            for each in (*self._dns_listeners, *self._dns_sockets):
-                each.close()
+        for kind, listener in self._listeners.items():
+            if not (but_dns and kind in _DNS):
+                listener.close()

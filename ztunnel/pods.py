@@ -7,6 +7,7 @@ are open. Descriptors are closed here, when the machine says so and the proxy is
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import assert_never
@@ -50,6 +51,9 @@ class Pods:
         self._machine = Workloads()
         self._proxies: dict[str, PodProxy] = {}
         self._nursery: trio.Nursery
+        self._kept: set[str] = set()
+        """Pods whose listeners the node agent has: they may be closed here, and stay open."""
+        self._is_draining = False
         self._readiness = readiness
         self._pending: ReadyTask | None = readiness.task(READY_TASK)
 
@@ -66,14 +70,18 @@ class Pods:
             async with trio.open_nursery() as self._nursery:
                 while True:
                     try:
-                        with await connect(path) as session:
+                        with await connect(path, takes_listeners=True) as session:
                             _log.info("zds_connected", path=path)
                             backoff.reset()
                             await self._serve(session)
                     except MeshError as exc:
                         _log.warning("zds_disconnected", path=path, error=str(exc))
                     self._machine.disconnected()
+                    self._kept.clear()
                     self._tell_readiness()
+                    if self._is_draining:
+                        # Whoever connects last gets the new pods; that must not be us.
+                        await trio.sleep_forever()
                     # Pods that failed to start are tried again while the agent is away, too.
                     await self._retry_during(backoff.next())
         finally:
@@ -81,10 +89,18 @@ class Pods:
                 os.close(fd)
 
     async def drain(self, seconds: float) -> None:
-        """Let the connections of all pods finish, for at most `seconds`."""
+        """Let the connections of all pods finish, for at most `seconds`; take no new pod.
+
+        Listeners that the node agent has, too, stay open without us: who connects now waits
+        for our successor.
+        """
+        self._is_draining = True
+        self._machine.drain()
         async with trio.open_nursery() as nursery:
-            for proxy in self._proxies.values():
-                nursery.start_soon(proxy.drain, seconds)
+            for uid, proxy in self._proxies.items():
+                nursery.start_soon(
+                    functools.partial(proxy.drain, seconds, has_successor=uid in self._kept)
+                )
 
     async def _serve(self, session: ZdsConnection) -> None:
         self._machine.connected()
@@ -123,8 +139,7 @@ class Pods:
                 case CloseDescriptor():
                     os.close(command.fd)
                 case Ack():
-                    if session is not None:
-                        await session.ack(command.error)
+                    await self._answer(command, session)
                 case EndSession():
                     _log.warning("zds_session_ended", reason=command.reason)
                     goes_on = False
@@ -133,22 +148,38 @@ class Pods:
         self._count()
         return goes_on
 
+    async def _answer(self, command: Ack, session: ZdsConnection | None) -> None:
+        if session is None:
+            return
+        proxy = self._proxies.get(command.listeners_of or "")
+        if proxy is None:
+            await session.ack(command.error)
+        else:
+            await session.ack(command.error, proxy.listeners())
+            self._kept.add(proxy.pod.uid)
+
     def _start(self, command: StartProxy) -> list[Command]:
         pod = command.pod
         proxy = PodProxy(self._node, pod, command.fd)
         try:
-            proxy.open()
+            proxy.open(command.listeners, shares_ports=not command.is_kept)
         except KernelError as exc:
             _log.error("pod_failed", uid=pod.uid, pod=f"{pod.namespace}/{pod.name}", error=str(exc))
             return self._machine.failed(pod.uid, str(exc), trio.current_time())
         self._proxies[pod.uid] = proxy
         self._nursery.start_soon(lifecycle.guard, "pod", proxy.run)
         self._metrics.started.inc()
-        _log.info("pod_started", uid=pod.uid, pod=f"{pod.namespace}/{pod.name}")
+        _log.info(
+            "pod_started",
+            uid=pod.uid,
+            pod=f"{pod.namespace}/{pod.name}",
+            handed_over=len(command.listeners),
+        )
         return self._machine.started(pod.uid)
 
     async def _stop(self, command: StopProxy) -> None:
         proxy = self._proxies.pop(command.uid, None)
+        self._kept.discard(command.uid)
         try:
             if proxy is not None:
                 await proxy.stop()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import trio
 
 from mesh.reactor import READABLE, WRITABLE, Reactor
-from mesh.sockets import reset_on_close
+from mesh.sockets import end_on_close, reset_on_close
 from mesh.tls.session import READ_SIZE
 
 _SCRATCH = memoryview(bytearray(READ_SIZE))
@@ -142,6 +142,8 @@ class PlainRelay:
         self._a, self._b = _Half(self, a), _Half(self, b)
         self._a.other, self._b.other = self._b, self._a
         for half in (self._a, self._b):
+            # Until the end is an orderly one: not even our own death may look like one.
+            reset_on_close(half.sock)
             reactor.add(half.fd, half, READABLE)
 
     @property
@@ -161,19 +163,18 @@ class PlainRelay:
 
     def reset(self, reason: str = "cut") -> None:
         """Cut both sides now: both peers see RST. Idempotent."""
-        if not self.is_closed:
-            reset_on_close(self._a.sock)
-            reset_on_close(self._b.sock)
-            self.finish(reason)
+        self.finish(reason)
 
     def finish(self, error: str | None) -> None:
-        """Close both sockets. Idempotent."""
+        """Close both sockets, in order if there is no error. Idempotent."""
         if self.is_closed:
             return
         self._error = error
         self._closed.set()
         for half in (self._a, self._b):
             self.reactor.remove(half.fd)
+            if error is None:
+                end_on_close(half.sock)
             half.sock.close()
 
     async def wait_closed(self) -> RelayResult:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from mesh.hbone.plain_relay import PlainRelay, RelayResult
 from mesh.http import h2_frames as h2
 from mesh.reactor import READABLE, WRITABLE, Reactor
-from mesh.sockets import reset_on_close
+from mesh.sockets import end_on_close, reset_on_close
 from mesh.tls.session import READ_SIZE
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class SocketEnd:
         self._source_ended = False
         self._sink_ended = False
         self._discarding = False
+        # Until the end is an orderly one: not even our own death may look like one.
+        reset_on_close(sock)
         reactor.add(self._fd, self, READABLE)
 
     def _watch(self, events: int) -> None:
@@ -266,6 +268,7 @@ class SocketEnd:
         sock, self._sock = self._sock, None
         if sock is not None:
             self._reactor.remove(self._fd)
+            end_on_close(sock)
             sock.close()
             self._tunnel.finish(error)
 

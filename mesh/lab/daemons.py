@@ -27,6 +27,7 @@ from mesh.retry import Backoff
 POLL_SECONDS = 0.05
 STOP_SECONDS = 5.0
 RESTART_SECONDS = 30.0
+DRAIN_SECONDS = 120.0
 LAST_LINES = 12
 CLUSTER_ID = "Kubernetes"
 CONTROLLER_NAME = "istiod.istio-system.svc"
@@ -45,6 +46,8 @@ class DaemonSpec:
     place: Place
     ready: fetch.Target
     ready_path: str
+    overlaps: bool = False
+    """Whether its next life begins before this one ends, and says which of the two it is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -62,6 +65,7 @@ class Daemon:
     child: Child | None = None
     changed: trio.Event = field(default_factory=trio.Event)
     _was_ready: bool = False
+    _wants_next: trio.Event = field(default_factory=trio.Event)
     _said_all: trio.Event = field(default_factory=trio.Event)
 
     def summary(self) -> dict[str, object]:
@@ -77,25 +81,48 @@ class Daemon:
         If cancelled: SIGTERM, then SIGKILL.
         """
         backoff = Backoff(random.Random(), base=0.1, cap=10.0)  # noqa: S311 - jitter
-        while True:
-            started = trio.current_time()
-            code = await self._live(task_status)
-            if trio.current_time() - started > RESTART_SECONDS:
-                backoff.reset()
-            delay = backoff.next()
-            self.say(f"{self.spec.name} ended with code {code}; starts again in {delay:.1f} s")
-            self._become("waiting")
-            await trio.sleep(delay)
-            self.restarts += 1
+        async with trio.open_nursery() as predecessors:
+            while True:
+                started = trio.current_time()
+                code = await self._live(task_status, predecessors)
+                if trio.current_time() - started > RESTART_SECONDS:
+                    backoff.reset()
+                delay = backoff.next()
+                self.say(f"{self.spec.name} ended with code {code}; starts again in {delay:.1f} s")
+                self._become("waiting")
+                await trio.sleep(delay)
+                self.restarts += 1
 
-    async def _live(self, task_status: trio.TaskStatus[None]) -> int:
+    async def _live(self, task_status: trio.TaskStatus[None], predecessors: trio.Nursery) -> int:
+        """One life, or several that follow without a gap; the exit code of the last."""
         self._become("starting")
         child = self.child = self._start()
+        self._wants_next = trio.Event()
+        code = 0
+
+        async def watch(watched: Child) -> None:
+            nonlocal code
+            ended = await watched.wait()
+            if watched is self.child:
+                code = ended
+                nursery.cancel_scope.cancel()
+
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, child)
                 nursery.start_soon(self._await_ready, child, task_status)
-                code = await child.wait()
-                nursery.cancel_scope.cancel()
+                while True:
+                    await self._wants_next.wait()
+                    before, following = child, await self._follow()
+                    if following is not None:
+                        child = self.child = following
+                        nursery.start_soon(watch, child)
+                        before.signal_leader(signal.SIGTERM)
+                        predecessors.start_soon(_see_off, before)
+                        self.restarts += 1
+                        self.notify()
+                    self._wants_next = trio.Event()
+                    self._tell()
         finally:
             with trio.CancelScope(shield=True):
                 await child.stop(STOP_SECONDS)
@@ -108,6 +135,29 @@ class Daemon:
                 hint=f"its command: {' '.join(self.spec.argv)}",
             )
         return code
+
+    async def _follow(self) -> Child | None:
+        """The next life beside this one, ready; None when it did not come so far."""
+        following = self._start()
+        is_ready = False
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def ready() -> None:
+                    nonlocal is_ready
+                    await self._poll(following)
+                    is_ready = True
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(ready)
+                code = await following.wait()
+                self.say(f"the next {self.spec.name} ended with code {code}; this one goes on")
+                nursery.cancel_scope.cancel()
+        finally:
+            if not is_ready:
+                with trio.CancelScope(shield=True):
+                    await following.stop(STOP_SECONDS)
+        return following if is_ready else None
 
     def _start(self) -> Child:
         reading, writing = log_pipe()
@@ -132,15 +182,20 @@ class Daemon:
         await self.log.pump(reading)
         said_all.set()
 
-    async def _await_ready(self, child: Child, task_status: trio.TaskStatus[None]) -> None:
+    async def _poll(self, child: Child) -> None:
+        """Until this very process is ready."""
+        path = self.spec.ready_path
+        if self.spec.overlaps:
+            path += f"?process={child.pid}"
         while True:
             with contextlib.suppress(MeshError), trio.move_on_after(2.0):
-                status, _ = await fetch.request(
-                    self.spec.ready, "GET", self.spec.ready_path, head_only=True
-                )
+                status, _ = await fetch.request(self.spec.ready, "GET", path, head_only=True)
                 if status == 200:
-                    break
+                    return
             await trio.sleep(POLL_SECONDS)
+
+    async def _await_ready(self, child: Child, task_status: trio.TaskStatus[None]) -> None:
+        await self._poll(child)
         if child.code is None:
             self._become("ready")
             if not self._was_ready:
@@ -150,9 +205,12 @@ class Daemon:
     def _become(self, state: str) -> None:
         if self.state != state:
             self.state = state
-            self.changed.set()
-            self.changed = trio.Event()
+            self._tell()
             self.notify()
+
+    def _tell(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
 
     def signal(self, number: int) -> None:
         """Signal the program. Raises Unavailable when it does not run just now."""
@@ -161,13 +219,34 @@ class Daemon:
         self.child.signal_leader(number)
 
     async def restart(self) -> None:
-        """SIGTERM, and wait until the next life is ready."""
+        """SIGTERM, and wait until the next life is ready; where lives overlap, the other way
+        round, so that nothing is ever without one. Raises Unavailable.
+        """
         child = self.child
-        self.signal(signal.SIGTERM)
-        if child is not None:
-            await child.wait()
+        if self.spec.overlaps and self.state == "ready":
+            self._wants_next.set()
+            await self.changed.wait()
+            if self.child is child and child is not None and child.code is None:
+                raise Unavailable(
+                    f"the next {self.spec.name} did not become ready",
+                    hint="its log says why; the one before goes on",
+                )
+        else:
+            self.signal(signal.SIGTERM)
+            if child is not None:
+                await child.wait()
         while self.state != "ready" or self.child is child:
             await self.changed.wait()
+
+
+async def _see_off(child: Child) -> None:
+    """Let a predecessor finish what it has; it keeps its own deadline, and we another."""
+    try:
+        with trio.move_on_after(DRAIN_SECONDS):
+            await child.wait()
+    finally:
+        with trio.CancelScope(shield=True):
+            await child.stop(STOP_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +347,10 @@ class Surroundings:
         ready: tuple[fetch.Target, str],
     ) -> DaemonSpec:
         name = f"{kind}@{node}" if node else kind
-        argv = self.replace.get(name) or self.replace.get(kind) or (self.python, "-m", module)
+        replaced = self.replace.get(name) or self.replace.get(kind)
+        argv = replaced or (self.python, "-m", module)
         extra = {**self.extra.get(kind, {}), **(self.extra.get(name, {}) if node else {})}
         environment = {**self.base, **variables, **extra}
-        return DaemonSpec(name, argv, environment, place, *ready)
+        # Another program need not know how to be there twice.
+        overlaps = kind == "ztunnel" and not replaced
+        return DaemonSpec(name, argv, environment, place, *ready, overlaps=overlaps)

@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mesh/proto/zds.proto\x12\x12istio.workload.zds\"8\n\x08ZdsHello\x12,\n\x07version\x18\x01 \x01(\x0e\x32\x1b.istio.workload.zds.Version\"N\n\x0cWorkloadInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x17\n\x0fservice_account\x18\x03 \x01(\tJ\x04\x08\x04\x10\x05\"S\n\x0b\x41\x64\x64Workload\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x37\n\rworkload_info\x18\x02 \x01(\x0b\x32 .istio.workload.zds.WorkloadInfo\"\x1b\n\x0cKeepWorkload\x12\x0b\n\x03uid\x18\x01 \x01(\t\"\x1a\n\x0b\x44\x65lWorkload\x12\x0b\n\x03uid\x18\x02 \x01(\t\"\x0e\n\x0cSnapshotSent\"\xe9\x01\n\x0fWorkloadRequest\x12.\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x1f.istio.workload.zds.AddWorkloadH\x00\x12.\n\x03\x64\x65l\x18\x02 \x01(\x0b\x32\x1f.istio.workload.zds.DelWorkloadH\x00\x12\x39\n\rsnapshot_sent\x18\x03 \x01(\x0b\x32 .istio.workload.zds.SnapshotSentH\x00\x12\x30\n\x04keep\x18\x05 \x01(\x0b\x32 .istio.workload.zds.KeepWorkloadH\x00\x42\t\n\x07payload\"\x14\n\x03\x41\x63k\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"E\n\x10WorkloadResponse\x12&\n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x17.istio.workload.zds.AckH\x00\x42\t\n\x07payload*\x1f\n\x07Version\x12\x0c\n\x08NOT_USED\x10\x00\x12\x06\n\x02V1\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mesh/proto/zds.proto\x12\x12istio.workload.zds\"\x1a\n\tListeners\x12\r\n\x05kinds\x18\x01 \x03(\r\"R\n\x08ZdsHello\x12,\n\x07version\x18\x01 \x01(\x0e\x32\x1b.istio.workload.zds.Version\x12\x18\n\x0ftakes_listeners\x18\xe8\x07 \x01(\x08\"N\n\x0cWorkloadInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x17\n\x0fservice_account\x18\x03 \x01(\tJ\x04\x08\x04\x10\x05\"\x86\x01\n\x0b\x41\x64\x64Workload\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x37\n\rworkload_info\x18\x02 \x01(\x0b\x32 .istio.workload.zds.WorkloadInfo\x12\x31\n\tlisteners\x18\xe8\x07 \x01(\x0b\x32\x1d.istio.workload.zds.Listeners\"\x1b\n\x0cKeepWorkload\x12\x0b\n\x03uid\x18\x01 \x01(\t\"\x1a\n\x0b\x44\x65lWorkload\x12\x0b\n\x03uid\x18\x02 \x01(\t\"\x0e\n\x0cSnapshotSent\"\xe9\x01\n\x0fWorkloadRequest\x12.\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x1f.istio.workload.zds.AddWorkloadH\x00\x12.\n\x03\x64\x65l\x18\x02 \x01(\x0b\x32\x1f.istio.workload.zds.DelWorkloadH\x00\x12\x39\n\rsnapshot_sent\x18\x03 \x01(\x0b\x32 .istio.workload.zds.SnapshotSentH\x00\x12\x30\n\x04keep\x18\x05 \x01(\x0b\x32 .istio.workload.zds.KeepWorkloadH\x00\x42\t\n\x07payload\"G\n\x03\x41\x63k\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x31\n\tlisteners\x18\xe8\x07 \x01(\x0b\x32\x1d.istio.workload.zds.Listeners\"E\n\x10WorkloadResponse\x12&\n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x17.istio.workload.zds.AckH\x00\x42\t\n\x07payload*\x1f\n\x07Version\x12\x0c\n\x08NOT_USED\x10\x00\x12\x06\n\x02V1\x10\x01*\x92\x01\n\x08Listener\x12\x14\n\x10UNKNOWN_LISTENER\x10\x00\x12\x0c\n\x08OUTBOUND\x10\x01\x12\x15\n\x11INBOUND_PLAINTEXT\x10\x02\x12\x11\n\rINBOUND_HBONE\x10\x03\x12\x0b\n\x07\x44NS_UDP\x10\x04\x12\x0b\n\x07\x44NS_TCP\x10\x05\x12\x0e\n\nDNS_UDP_V6\x10\x06\x12\x0e\n\nDNS_TCP_V6\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.proto.zds_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSION']._serialized_start=669
-  _globals['_VERSION']._serialized_end=700
-  _globals['_ZDSHELLO']._serialized_start=44
-  _globals['_ZDSHELLO']._serialized_end=100
-  _globals['_WORKLOADINFO']._serialized_start=102
-  _globals['_WORKLOADINFO']._serialized_end=180
-  _globals['_ADDWORKLOAD']._serialized_start=182
-  _globals['_ADDWORKLOAD']._serialized_end=265
-  _globals['_KEEPWORKLOAD']._serialized_start=267
-  _globals['_KEEPWORKLOAD']._serialized_end=294
-  _globals['_DELWORKLOAD']._serialized_start=296
-  _globals['_DELWORKLOAD']._serialized_end=322
-  _globals['_SNAPSHOTSENT']._serialized_start=324
-  _globals['_SNAPSHOTSENT']._serialized_end=338
-  _globals['_WORKLOADREQUEST']._serialized_start=341
-  _globals['_WORKLOADREQUEST']._serialized_end=574
-  _globals['_ACK']._serialized_start=576
-  _globals['_ACK']._serialized_end=596
-  _globals['_WORKLOADRESPONSE']._serialized_start=598
-  _globals['_WORKLOADRESPONSE']._serialized_end=667
+  _globals['_VERSION']._serialized_start=826
+  _globals['_VERSION']._serialized_end=857
+  _globals['_LISTENER']._serialized_start=860
+  _globals['_LISTENER']._serialized_end=1006
+  _globals['_LISTENERS']._serialized_start=44
+  _globals['_LISTENERS']._serialized_end=70
+  _globals['_ZDSHELLO']._serialized_start=72
+  _globals['_ZDSHELLO']._serialized_end=154
+  _globals['_WORKLOADINFO']._serialized_start=156
+  _globals['_WORKLOADINFO']._serialized_end=234
+  _globals['_ADDWORKLOAD']._serialized_start=237
+  _globals['_ADDWORKLOAD']._serialized_end=371
+  _globals['_KEEPWORKLOAD']._serialized_start=373
+  _globals['_KEEPWORKLOAD']._serialized_end=400
+  _globals['_DELWORKLOAD']._serialized_start=402
+  _globals['_DELWORKLOAD']._serialized_end=428
+  _globals['_SNAPSHOTSENT']._serialized_start=430
+  _globals['_SNAPSHOTSENT']._serialized_end=444
+  _globals['_WORKLOADREQUEST']._serialized_start=447
+  _globals['_WORKLOADREQUEST']._serialized_end=680
+  _globals['_ACK']._serialized_start=682
+  _globals['_ACK']._serialized_end=753
+  _globals['_WORKLOADRESPONSE']._serialized_start=755
+  _globals['_WORKLOADRESPONSE']._serialized_end=824
 # @@protoc_insertion_point(module_scope)

@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -10,14 +11,41 @@ class Version(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NOT_USED: _ClassVar[Version]
     V1: _ClassVar[Version]
+
+class Listener(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNKNOWN_LISTENER: _ClassVar[Listener]
+    OUTBOUND: _ClassVar[Listener]
+    INBOUND_PLAINTEXT: _ClassVar[Listener]
+    INBOUND_HBONE: _ClassVar[Listener]
+    DNS_UDP: _ClassVar[Listener]
+    DNS_TCP: _ClassVar[Listener]
+    DNS_UDP_V6: _ClassVar[Listener]
+    DNS_TCP_V6: _ClassVar[Listener]
 NOT_USED: Version
 V1: Version
+UNKNOWN_LISTENER: Listener
+OUTBOUND: Listener
+INBOUND_PLAINTEXT: Listener
+INBOUND_HBONE: Listener
+DNS_UDP: Listener
+DNS_TCP: Listener
+DNS_UDP_V6: Listener
+DNS_TCP_V6: Listener
+
+class Listeners(_message.Message):
+    __slots__ = ("kinds",)
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    kinds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, kinds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ZdsHello(_message.Message):
-    __slots__ = ("version",)
+    __slots__ = ("version", "takes_listeners")
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    TAKES_LISTENERS_FIELD_NUMBER: _ClassVar[int]
     version: Version
-    def __init__(self, version: _Optional[_Union[Version, str]] = ...) -> None: ...
+    takes_listeners: bool
+    def __init__(self, version: _Optional[_Union[Version, str]] = ..., takes_listeners: _Optional[bool] = ...) -> None: ...
 
 class WorkloadInfo(_message.Message):
     __slots__ = ("name", "namespace", "service_account")
@@ -30,12 +58,14 @@ class WorkloadInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., namespace: _Optional[str] = ..., service_account: _Optional[str] = ...) -> None: ...
 
 class AddWorkload(_message.Message):
-    __slots__ = ("uid", "workload_info")
+    __slots__ = ("uid", "workload_info", "listeners")
     UID_FIELD_NUMBER: _ClassVar[int]
     WORKLOAD_INFO_FIELD_NUMBER: _ClassVar[int]
+    LISTENERS_FIELD_NUMBER: _ClassVar[int]
     uid: str
     workload_info: WorkloadInfo
-    def __init__(self, uid: _Optional[str] = ..., workload_info: _Optional[_Union[WorkloadInfo, _Mapping]] = ...) -> None: ...
+    listeners: Listeners
+    def __init__(self, uid: _Optional[str] = ..., workload_info: _Optional[_Union[WorkloadInfo, _Mapping]] = ..., listeners: _Optional[_Union[Listeners, _Mapping]] = ...) -> None: ...
 
 class KeepWorkload(_message.Message):
     __slots__ = ("uid",)
@@ -65,10 +95,12 @@ class WorkloadRequest(_message.Message):
     def __init__(self, add: _Optional[_Union[AddWorkload, _Mapping]] = ..., snapshot_sent: _Optional[_Union[SnapshotSent, _Mapping]] = ..., keep: _Optional[_Union[KeepWorkload, _Mapping]] = ..., **kwargs) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("error",)
+    __slots__ = ("error", "listeners")
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LISTENERS_FIELD_NUMBER: _ClassVar[int]
     error: str
-    def __init__(self, error: _Optional[str] = ...) -> None: ...
+    listeners: Listeners
+    def __init__(self, error: _Optional[str] = ..., listeners: _Optional[_Union[Listeners, _Mapping]] = ...) -> None: ...
 
 class WorkloadResponse(_message.Message):
     __slots__ = ("ack",)

@@ -78,17 +78,21 @@ class AdminApp:
         self,
         listeners: Sequence[socket.socket],
         *,
+        connections: trio.Nursery | None = None,
         task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve on listening sockets, which it owns from here on and closes at the end.
 
-        Never returns. If cancelled: closes listeners and connections.
+        Never returns. If cancelled: closes listeners, and connections unless they have a
+        nursery of their own (`connections`).
         """
         wrapped = []
         for listener in listeners:
             listener.setblocking(False)
             wrapped.append(trio.SocketListener(trio.socket.from_stdlib_socket(listener)))
-        await trio.serve_listeners(self._serve_guarded, wrapped, task_status=task_status)
+        await trio.serve_listeners(
+            self._serve_guarded, wrapped, handler_nursery=connections, task_status=task_status
+        )
 
     async def _serve_guarded(self, stream: trio.SocketStream) -> None:
         await lifecycle.guard(self._name, self._serve_connection, stream)
@@ -253,8 +257,14 @@ class Readiness:
         while self._pending:
             await self._ready.wait()
 
-    async def respond(self, _request: Request) -> Response:
-        """Handler: 200 `ready`, or 500 naming what is pending."""
+    async def respond(self, request: Request) -> Response:
+        """Handler: 200 `ready`, or 500 naming what is pending.
+
+        While one process follows another both may listen here: who asks for one of them
+        (`?process=<pid>`) and meets the other is told 421, to ask again.
+        """
+        if request.query.get("process", str(os.getpid())) != str(os.getpid()):
+            return Response.text(f"this is process {os.getpid()}", 421)
         pending = self.pending()
         if pending:
             return Response.text(f"not ready, pending: {', '.join(pending)}", 500)

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -114,6 +115,14 @@ def _settle_memory() -> None:
     gc.freeze()
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def raise_file_limit() -> None:
+    """Open as many descriptors as we may: every connection is two, every pod is eight, and the
+    soft limit is made for shells.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run(

@@ -7,8 +7,9 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import trio
 
@@ -37,6 +38,9 @@ ACCEPT_INTERVAL_SECONDS = 0.2
 SOCKET_MODE = 0o600
 DIRECTORY_MODE = 0o700
 
+Take: TypeAlias = Callable[[Mapping[int, int]], None]
+"""Becomes the owner of listening sockets, by `Listener`. Must not raise."""
+
 
 class Session:
     """One connected proxy, seen by the agent. Requests queue up; one is in flight.
@@ -45,22 +49,31 @@ class Session:
     kind: an answer that is late, unreadable or not asked for leaves nothing to rely on.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        deadline_seconds: float,
+    ) -> None:
+        self.takes_listeners = False
+        """Whether an Add may carry listeners, and its answer will."""
         self._sock = sock
         self._deadline = deadline_seconds
         self._turn = trio.Lock()
         self._answers, self._answered = trio.open_memory_channel[str](0)
         self._is_waiting = False
+        self._take: Take | None = None
         self._error: MeshError | None = None
         self.closed = trio.Event()
 
-    async def add(self, message: Add) -> str | None:
+    async def add(self, message: Add, take: Take | None = None) -> str | None:
         """Hand over a pod; `message.fds` are only borrowed. The proxy's error, or None.
 
+        When the message says that listeners are kept, `take` is called with those that the
+        proxy answers with, and owns them from then on.
         Raises Unavailable when the proxy is gone. If cancelled: the session is closed,
         because it is unknown what the proxy did.
         """
-        return await self._request(message)
+        return await self._request(message, take)
 
     async def keep(self, uid: str) -> str | None:
         """Name a pod whose namespace is not known, in a snapshot. As `add`."""
@@ -87,14 +100,14 @@ class Session:
         """Why it ended; None while it lives and after an orderly end."""
         return self._error
 
-    async def _request(self, message: Message) -> str | None:
+    async def _request(self, message: Message, take: Take | None = None) -> str | None:
         data = encode_request(message)
         async with self._turn:
             if self.closed.is_set():
                 raise Unavailable("ZDS: the node proxy is gone")
             try:
                 with trio.fail_after(self._deadline):
-                    self._is_waiting = True
+                    self._is_waiting, self._take = True, take
                     await send(self._sock, data, message.fds if isinstance(message, Add) else ())
                     error = await self._answered.receive()
             except trio.TooSlowError as exc:
@@ -118,18 +131,34 @@ class Session:
         try:
             while True:
                 data, fds = await receive(self._sock)
-                close_all(fds)
                 if not data:
+                    close_all(fds)
                     self.close()
                     return
-                if not self._is_waiting:
-                    raise RemoteProtocolError("ZDS: an answer that nobody asked for")
-                self._is_waiting = False
-                await self._answers.send(decode_ack(data))
+                await self._answers.send(self._accept(data, fds))
         except (ProtocolError, Unavailable) as exc:
             self.close(exc)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.close()
+
+    def _accept(self, data: bytes, fds: Sequence[int]) -> str:
+        """The error in an answer; its listeners go to who asked for them.
+
+        Without a wait in between, so that no cancellation loses a descriptor.
+        """
+        try:
+            if not self._is_waiting:
+                raise RemoteProtocolError("ZDS: an answer that nobody asked for")
+            answer, take = decode_ack(data, fds), self._take
+            if answer.listeners and take is None:
+                raise RemoteProtocolError("ZDS: listeners that nobody asked for")
+        except RemoteProtocolError:
+            close_all(fds)
+            raise
+        self._is_waiting, self._take = False, None
+        if answer.listeners and take is not None:
+            take(answer.listeners)
+        return answer.error
 
 
 class ZdsServer:
@@ -191,7 +220,7 @@ class ZdsServer:
         session = Session(sock, self._deadline)
         errors: list[MeshError] = []
         try:
-            await self._read_hello(sock)
+            session.takes_listeners = await self._read_hello(sock)
             async with trio.open_nursery() as nursery:
 
                 async def read() -> None:
@@ -210,7 +239,7 @@ class ZdsServer:
         for error in [session.error] if session.error is not None else errors:
             self._on_failure(error)
 
-    async def _read_hello(self, sock: trio.socket.SocketType) -> None:
+    async def _read_hello(self, sock: trio.socket.SocketType) -> bool:
         with trio.move_on_after(self._deadline) as scope:
             data, fds = await receive(sock)
         if scope.cancelled_caught:
@@ -218,7 +247,7 @@ class ZdsServer:
         close_all(fds)
         if not data:
             raise Unavailable("ZDS: a client connected and left")
-        decode_hello(data)
+        return decode_hello(data)
 
 
 def _leaves(group: BaseExceptionGroup[MeshError]) -> Iterator[MeshError]:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from mesh.errors import RemoteProtocolError, Unavailable
-from mesh.zds.codec import PACKET_BYTES, close_all
+from mesh.zds.codec import MAX_LISTENERS, PACKET_BYTES, close_all
 
 DEADLINE_SECONDS = 5.0
 
 # Room for more descriptors than are allowed, so that a surplus is seen and closed by us.
-_ANCILLARY_BYTES = socket.CMSG_SPACE(8 * struct.calcsize("i"))
+_ANCILLARY_BYTES = socket.CMSG_SPACE((MAX_LISTENERS + 8) * struct.calcsize("i"))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Mapping
 from types import TracebackType
 
 import trio
@@ -16,9 +17,13 @@ from mesh.zds.packets import DEADLINE_SECONDS, io, receive, send
 
 
 async def connect(
-    path: str | os.PathLike[str], *, timeout: float = DEADLINE_SECONDS
+    path: str | os.PathLike[str],
+    *,
+    takes_listeners: bool = False,
+    timeout: float = DEADLINE_SECONDS,
 ) -> ZdsConnection:
-    """Dial the node agent and say hello. `timeout` in seconds.
+    """Dial the node agent and say hello. `timeout` in seconds. With `takes_listeners` an Add
+    may bring listening sockets, and say that the answer is to bring them.
 
     Raises Unavailable (retry with back-off). If cancelled: nothing stays open.
     """
@@ -27,7 +32,7 @@ async def connect(
         with trio.fail_after(timeout):
             with io(f"connect to {os.fspath(path)}"):
                 await sock.connect(os.fspath(path))
-            await send(sock, encode_hello())
+            await send(sock, encode_hello(takes_listeners=takes_listeners))
     except trio.TooSlowError as exc:
         sock.close()
         raise Unavailable(f"ZDS connect to {os.fspath(path)}: timed out") from exc
@@ -67,12 +72,15 @@ class ZdsConnection:
         close_all(fds)
         raise Unavailable("ZDS: the node agent closed the connection")
 
-    async def ack(self, error: str = "") -> None:
+    async def ack(self, error: str = "", listeners: Mapping[int, int] | None = None) -> None:
         """Answer the message received last; with `error` it was not carried out.
+
+        `listeners`: a pod's listening sockets by `Listener`, lent, for the agent to keep.
 
         Raises Unavailable. If cancelled: the answer may or may not have been sent.
         """
-        await send(self._sock, encode_ack(error))
+        given = listeners or {}
+        await send(self._sock, encode_ack(error, tuple(given)), tuple(given.values()))
 
     def close(self) -> None:
         """Close the connection; may be called again."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable
@@ -281,3 +282,11 @@ def test_json_answers() -> None:
     answer = Response.json({"path": Path("/x"), "name": "ü"})
     assert answer.content_type == "application/json"
     assert json.loads(answer.body) == {"path": "/x", "name": "ü"}
+
+
+async def test_readiness_of_one_of_two_processes_on_a_port() -> None:
+    app = admin.readiness_app(Readiness())
+    mine = Request("GET", "/healthz/ready", {"process": str(os.getpid())})
+    other = Request("GET", "/healthz/ready", {"process": str(os.getpid() + 1)})
+    assert (await app.handle(mine)).status == 200
+    assert (await app.handle(other)).status == 421

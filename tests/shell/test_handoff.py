@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from mesh import netns, zds
+from mesh import netns, sockets, zds
 from mesh.cluster.api import Ref
 from mesh.errors import Unavailable
 from netconfig.handoff import HandOff
@@ -18,6 +21,17 @@ from netconfig.plan import Target
 from netconfig.ruleset import Capture
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
+
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def way_home() -> None:
+    """`netns.inside` keeps the thread's way home open from the first time on: no leak."""
+    fd = netns.create()
+    with netns.inside(fd):
+        pass
+    os.close(fd)
 
 
 def target(name: str) -> Target:
@@ -27,6 +41,10 @@ def target(name: str) -> Target:
 @pytest.fixture
 def namespace(no_fd_leak: None) -> Iterator[int]:
     fd = netns.create()
+    with netns.inside(fd):
+        control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with control:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
     yield fd
     os.close(fd)
 
@@ -148,3 +166,128 @@ async def test_without_a_proxy_a_pod_is_kept_for_the_snapshot(
     proxy = Proxy()
     await nursery.start(proxy.run, tmp_path / "s")
     assert proxy.heard == ["Add uid-a", "SnapshotSent"]
+
+
+# ---- keeper of listeners
+
+
+class Listening(Proxy):
+    """A proxy that takes listeners, opens what it did not get, and can be killed."""
+
+    def __init__(self, outside: int | None = None) -> None:
+        super().__init__()
+        self.listeners: dict[str, socket.socket] = {}
+        self.given: dict[str, list[int]] = {}
+        self._outside = outside
+
+    async def run(
+        self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        try:
+            with await zds.connect(path, takes_listeners=True) as connection:
+                while True:
+                    message = await connection.receive()
+                    back = self._open(message) if isinstance(message, zds.Add) else {}
+                    await connection.ack("", back)
+                    if isinstance(message, zds.SnapshotSent):
+                        task_status.started()
+        finally:
+            for each in self.listeners.values():
+                each.close()
+
+    def _open(self, message: zds.Add) -> dict[int, int]:
+        assert message.keeps_listeners
+        handed, inside = message.listener_fds(), message.fds[0]
+        self.given[message.uid] = list(handed)
+        if handed:
+            fd = handed[zds.Listener.OUTBOUND]
+            opened = sockets.adopt_listener(fd, 15001, namespace=inside)
+        else:
+            where = inside if self._outside is None else self._outside
+            opened = sockets.open_listener(15001, namespace=where)
+        self.listeners[message.uid] = opened
+        message.close()
+        return {zds.Listener.OUTBOUND: opened.fileno()}
+
+
+def dial(namespace: int) -> socket.socket:
+    """A connection to the pod's own port 15001. Raises ConnectionRefusedError."""
+    with netns.inside(namespace):
+        made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.connect(("127.0.0.1", 15001))
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+async def test_a_dead_proxys_queue_is_served_by_the_next(
+    nursery: trio.Nursery, tmp_path: Path, namespace: int
+) -> None:
+    handoff = HandOff()
+    await begin(nursery, handoff, tmp_path / "s")
+    async with trio.open_nursery() as first:
+        await first.start(Listening().run, tmp_path / "s")
+        assert await handoff.add(target("a"), namespace) is None
+        first.cancel_scope.cancel()
+    assert handoff.listeners("uid-a") == [zds.Listener.OUTBOUND]
+    with dial(namespace) as waiting:
+        waiting.sendall(b"hello")
+        proxy = Listening()
+        await nursery.start(proxy.run, tmp_path / "s")
+        assert proxy.given == {"uid-a": [zds.Listener.OUTBOUND]}
+        accepted, _ = proxy.listeners["uid-a"].accept()
+        with accepted:
+            assert accepted.recv(10) == b"hello"
+    await handoff.delete("uid-a")
+
+
+async def test_a_pods_end_ends_what_is_kept_for_it(
+    nursery: trio.Nursery, tmp_path: Path, namespace: int
+) -> None:
+    handoff = HandOff()
+    await begin(nursery, handoff, tmp_path / "s")
+    async with trio.open_nursery() as first:
+        await first.start(Listening().run, tmp_path / "s")
+        assert await handoff.add(target("a"), namespace) is None
+        first.cancel_scope.cancel()
+    dial(namespace).close()
+    # Registered anew in the same namespace, it keeps them; in another, or forgotten, it does not.
+    handoff.register(target("a"), namespace)
+    dial(namespace).close()
+    other = netns.create()
+    handoff.register(target("a"), other)
+    assert handoff.listeners("uid-a") == []
+    with pytest.raises(ConnectionRefusedError):
+        dial(namespace)
+    handoff.forget("uid-a")
+    os.close(other)
+
+
+async def test_a_proxy_that_takes_none_can_open_its_own(
+    nursery: trio.Nursery, tmp_path: Path, namespace: int
+) -> None:
+    handoff = HandOff()
+    await begin(nursery, handoff, tmp_path / "s")
+    async with trio.open_nursery() as first:
+        await first.start(Listening().run, tmp_path / "s")
+        assert await handoff.add(target("a"), namespace) is None
+        first.cancel_scope.cancel()
+    proxy = Proxy()
+    await nursery.start(proxy.run, tmp_path / "s")
+    assert proxy.heard == ["Add uid-a", "SnapshotSent"]
+    with pytest.raises(ConnectionRefusedError):
+        dial(namespace)
+
+
+async def test_listeners_of_another_pod_are_not_kept(
+    nursery: trio.Nursery, tmp_path: Path, namespace: int
+) -> None:
+    handoff = HandOff()
+    await begin(nursery, handoff, tmp_path / "s")
+    other = netns.create()
+    await nursery.start(Listening(other).run, tmp_path / "s")
+    assert await handoff.add(target("a"), namespace) is None
+    assert handoff.listeners("uid-a") == []
+    os.close(other)

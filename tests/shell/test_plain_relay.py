@@ -114,3 +114,19 @@ async def test_cancelling_the_wait_cuts_both_sides() -> None:
         for end in (a, b):
             with pytest.raises(trio.BrokenResourceError):
                 await end.receive_some(1)
+
+
+async def test_no_end_is_orderly_until_it_is() -> None:
+    async with _relay() as (a, b, relay):
+        linger = [
+            half.sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+            for half in (relay._a, relay._b)
+        ]
+        # Were this process killed now, both peers would see a reset.
+        assert linger == [struct.pack("ii", 1, 0)] * 2
+        await a.send_all(b"x" * 1000)
+        await a.send_eof()
+        await b.send_eof()
+        assert (await relay.wait_closed()).error is None
+        assert await _all(b) == b"x" * 1000
+        assert await _all(a) == b""

@@ -14,14 +14,23 @@ import pytest
 import trio
 import trio.testing
 
-from mesh import netns
-from mesh.errors import ConfigError, MeshError, RemoteProtocolError, Unavailable
-from mesh.zds import Add, Del, Keep, Session, SnapshotSent, ZdsServer, connect
+from mesh import netns, sockets
+from mesh.errors import ConfigError, KernelError, MeshError, RemoteProtocolError, Unavailable
+from mesh.zds import Add, Del, Keep, Listener, Session, SnapshotSent, ZdsServer, connect
 from mesh.zds.codec import encode_ack, encode_hello, encode_request
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
 OnSession = Callable[[Session], Awaitable[None]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def way_home() -> None:
+    """`netns.inside` keeps the thread's way home open from the first time on: no leak."""
+    fd = netns.create()
+    with netns.inside(fd):
+        pass
+    os.close(fd)
 
 
 class Agent:
@@ -331,7 +340,7 @@ def pipe_and_namespace() -> list[int]:
         (encode_request(Add("u", "n", "ns", "sa")), 1, "no network namespace"),
         (encode_request(Add("u", "n", "ns", "sa")), 2, "2 descriptors instead of one"),
         (encode_request(Keep("u")), 2, "2 descriptors with"),
-        (encode_request(Add("u", "n", "ns", "sa")), 20, "could not be received"),
+        (encode_request(Add("u", "n", "ns", "sa")), 40, "could not be received"),
         (b"\x0a" + b"x" * 1100, 1, "longer than 1024"),
         (b"\xff\xff", 0, "not readable"),
     ],
@@ -345,7 +354,7 @@ async def test_what_cannot_be_accepted_is_answered_with_the_reason(
         with peer, connection:
             assert peer.recv(1024) == encode_hello()
             own = pipe_and_namespace()
-            socket.send_fds(peer, [packet], (own * 10)[:fds])
+            socket.send_fds(peer, [packet], (own * 20)[:fds])
             with pytest.raises(RemoteProtocolError, match=message):
                 await connection.receive()
             assert message.encode() in peer.recv(1024)
@@ -448,3 +457,76 @@ def test_the_kernel_marks_received_descriptors_as_expected() -> None:
         (fd,) = struct.unpack("i", ancillary[0][2][:4])
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         os.close(fd)
+
+
+# ---- listeners
+
+
+async def test_listeners_go_both_ways(agent: Agent) -> None:
+    pod = netns.create()
+    mine = sockets.open_listener(15001, namespace=pod)
+    taken: dict[int, int] = {}
+    done = trio.Event()
+
+    async def on_session(session: Session) -> None:
+        assert session.takes_listeners
+        message = Add("u", "n", "ns", "sa", (pod, mine.fileno()), (Listener.OUTBOUND,))
+        assert await session.add(message, taken.update) is None
+        done.set()
+        await trio.sleep_forever()
+
+    await agent.serve(on_session)
+    with await connect(agent.path, takes_listeners=True) as connection:
+        added = await connection.receive()
+        assert isinstance(added, Add)
+        (fd,) = added.listener_fds().values()
+        with sockets.adopt_listener(fd, 15001, namespace=added.fds[0]) as adopted:
+            assert os.fstat(adopted.fileno()).st_ino == os.fstat(mine.fileno()).st_ino
+            await connection.ack("", {Listener.OUTBOUND: adopted.fileno()})
+        added.close()
+        await done.wait()
+    (back,) = taken.values()
+    assert os.fstat(back).st_ino == os.fstat(mine.fileno()).st_ino
+    assert fcntl.fcntl(back, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    os.close(back)
+    mine.close()
+    os.close(pod)
+
+
+async def test_listeners_that_nobody_asked_for_end_the_session(agent: Agent) -> None:
+    pod = netns.create()
+
+    async def on_session(session: Session) -> None:
+        assert not session.takes_listeners
+        with pytest.raises(Unavailable):
+            await session.add(Add("u", "n", "ns", "sa", (pod,)))
+
+    await agent.serve(on_session)
+    with await connect(agent.path) as connection:
+        added = await connection.receive()
+        assert isinstance(added, Add)
+        await connection.ack("", {Listener.OUTBOUND: added.fds[0]})
+        added.close()
+        assert "nobody asked for" in await agent.failure()
+    os.close(pod)
+
+
+def test_only_what_serves_the_port_in_the_pod_is_adopted() -> None:
+    pod, other = netns.create(), netns.create()
+    with (
+        sockets.open_listener(15001, namespace=pod) as good,
+        sockets.open_listener(15001, namespace=other) as foreign,
+        sockets.open_listener(15006, namespace=pod) as elsewhere,
+        sockets.open_socket(socket.AF_INET, namespace=pod) as idle,
+    ):
+        sockets.adopt_listener(good.fileno(), 15001, namespace=pod).close()
+        for bad, reason in (
+            (foreign.fileno(), "another pod"),
+            (elsewhere.fileno(), "does not serve"),
+            (idle.fileno(), "does not serve"),
+            (pod, "handed over for port 15001"),
+        ):
+            with pytest.raises(KernelError, match=reason):
+                sockets.adopt_listener(bad, 15001, namespace=pod)
+    os.close(pod)
+    os.close(other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,14 @@ import pytest
 import trio
 from prometheus_client import CollectorRegistry
 
-from mesh import netns
+from mesh import netns, sockets
 from mesh.runtime.admin import Readiness
 from mesh.runtime.metrics import WorkloadManagerMetrics
-from mesh.zds import Add, Session, ZdsServer
+from mesh.zds import Add, Listener, Session, ZdsServer
+from mesh.zds.codec import encode_request
 from tests.support.captured import CapturedMesh, can_make_namespaces, captured_mesh
 from ztunnel.pods import Pods
+from ztunnel.workloads import DRAINING
 
 pytestmark = [
     pytest.mark.lab,
@@ -139,3 +141,85 @@ async def test_pods_survive_a_lost_session(tmp_path: Path) -> None:
         await session.snapshot_sent()
         await each.is_ready(expected=True)
         assert not is_listening(pod.fd, 15008)
+
+
+def keep(into: dict[int, int]) -> Callable[[Mapping[int, int]], None]:
+    """Become the owner of listeners, in place of those that were kept."""
+
+    def take(given: Mapping[int, int]) -> None:
+        for fd in into.values():
+            os.close(fd)
+        into.clear()
+        into.update(given)
+
+    return take
+
+
+def add_keeping(name: str, fd: int, kept: Mapping[int, int]) -> Add:
+    return Add(f"uid-{name}", name, "shop", name, (fd, *kept.values()), tuple(kept))
+
+
+async def test_the_next_proxy_accepts_what_the_last_one_left_waiting(tmp_path: Path) -> None:
+    kept: dict[int, int] = {}
+    async with agent(tmp_path) as first:
+        pod = first.mesh.add("a", enrolled=False)
+        fd = os.dup(pod.fd)
+        session = await first.session()
+        assert await session.add(add_keeping("a", fd, kept), keep(kept)) is None
+        assert sorted(kept) == list(Listener)
+        # Again, from an agent that restarted and has none: it gets the same sockets.
+        inodes = {kind: os.fstat(each).st_ino for kind, each in kept.items()}
+        again: dict[int, int] = {}
+        assert await session.add(add_keeping("a", fd, {}), keep(again)) is None
+        assert {kind: os.fstat(each).st_ino for kind, each in again.items()} == inodes
+        keep(again)({})
+    assert is_listening(fd, 15001)
+    async with agent(tmp_path) as second:
+        session = await second.session()
+        before = len(os.listdir("/proc/self/fd"))
+        assert await session.add(add_keeping("a", fd, kept), keep(kept)) is None
+        assert {kind: os.fstat(each).st_ino for kind, each in kept.items()} == inodes
+        # Its namespace and its own listeners, and nothing else.
+        assert len(os.listdir("/proc/self/fd")) == before + 1 + len(Listener)
+        # Both have a duplicate: what the proxy closes stays open for the one after it.
+        await session.snapshot_sent()
+        await second.pods.drain(0)
+        assert is_listening(fd, 15001)
+        assert await session.add(add_keeping("b", fd, {}), keep({})) == DRAINING
+        assert await session.delete("uid-a") is None
+    keep(kept)({})
+    assert not is_listening(fd, 15001)
+    os.close(fd)
+
+
+async def test_without_a_keeper_two_proxies_may_overlap(tmp_path: Path) -> None:
+    async with agent(tmp_path) as each:
+        pod = each.mesh.add("a", enrolled=False)
+        session = await each.session()
+        assert await session.add(add("a", pod.fd)) is None
+        sockets.open_listener(15001, namespace=pod.fd, shares_port=True).close()
+        await each.pods.drain(0)
+        with trio.fail_after(2):
+            while is_listening(pod.fd, 15001):
+                await trio.sleep(0.01)
+
+
+async def test_an_agent_without_our_addition_sees_the_protocol_it_knows(tmp_path: Path) -> None:
+    path = str(tmp_path / "zds.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        async with captured_mesh(inpod_uds=path) as mesh:
+            pod = mesh.add("a", enrolled=False)
+            pods = Pods(mesh.node, WorkloadManagerMetrics(CollectorRegistry()), Readiness())
+            mesh.nursery.start_soon(pods.run)
+            await trio.lowlevel.wait_readable(listener)
+            peer, _ = listener.accept()
+            with peer:
+                await trio.lowlevel.wait_readable(peer)
+                assert peer.recv(1024).startswith(bytes.fromhex("0801"))
+                socket.send_fds(peer, [encode_request(add("a", pod.fd))], [pod.fd])
+                await trio.lowlevel.wait_readable(peer)
+                data, fds, _, _ = socket.recv_fds(peer, 1024, 10)
+                assert (data, fds) == (bytes.fromhex("0a00"), [])
+            mesh.nursery.cancel_scope.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mesh.zds import Add, Del, Keep, SnapshotSent
 from ztunnel.workloads import (
+    DRAINING,
     Ack,
     CloseDescriptor,
     EndSession,
@@ -175,3 +176,74 @@ def test_add_without_a_namespace_is_refused_and_its_descriptor_closed() -> None:
     assert commands[0] == CloseDescriptor(7)
     assert isinstance(commands[-1], EndSession)
     assert list(machine.states()) == []
+
+
+# ---- listeners that the node agent keeps
+
+
+def add_with(uid: str, *fds: int) -> Add:
+    """An Add of an agent that keeps listeners; it has one for each descriptor after the first."""
+    return Add(uid, f"name-{uid}", "shop", "default", fds, tuple(range(1, len(fds))))
+
+
+def test_a_pod_starts_on_the_listeners_that_came_with_it() -> None:
+    machine = Workloads()
+    machine.connected()
+    start = StartProxy(pod("a"), 7, {1: 8, 2: 9}, is_kept=True)
+    assert machine.receive(add_with("a", 7, 8, 9), NETNS1) == [start]
+    # The proxy has duplicates by now; the agent gets everything back.
+    assert machine.started("a") == [
+        CloseDescriptor(8),
+        CloseDescriptor(9),
+        Ack(listeners_of="a"),
+    ]
+    assert machine.release() == [7]
+
+
+def test_listeners_are_kept_for_the_next_attempt() -> None:
+    machine = Workloads()
+    machine.connected()
+    start = StartProxy(pod("a"), 7, {1: 8}, is_kept=True)
+    assert machine.receive(add_with("a", 7, 8), NETNS1) == [start]
+    assert machine.failed("a", "no memory", 0.0) == [Ack("no memory")]
+    assert machine.receive_timeout(10.0) == [start]
+    assert machine.failed("a", "no memory", 10.0) == []
+    # The agent asks again, with what it has now.
+    assert machine.receive(add_with("a", 17, 18), NETNS1) == [
+        CloseDescriptor(8),
+        CloseDescriptor(17),
+        StartProxy(pod("a"), 7, {1: 18}, is_kept=True),
+    ]
+    assert machine.receive(Del("a")) == [StopProxy("a", 7), CloseDescriptor(18), Ack()]
+
+
+def test_an_agent_that_lost_its_duplicates_gets_them_again() -> None:
+    machine = running("a")
+    machine.disconnected()
+    machine.connected()
+    assert machine.receive(add_with("a", 55), NamespaceId((9, 0))) == [
+        CloseDescriptor(55),
+        Ack(listeners_of="a"),
+    ]
+
+
+def test_who_drains_takes_no_pod_but_lets_go_of_those_it_has() -> None:
+    machine = running("a")
+    machine.receive(add("late", 60), NETNS1)
+    machine.failed("late", "no memory", 0.0)
+    machine.drain()
+    assert machine.receive(add_with("b", 70, 71), NETNS2) == [
+        CloseDescriptor(70),
+        CloseDescriptor(71),
+        Ack(DRAINING),
+    ]
+    assert machine.next_deadline() is None
+    assert machine.receive_timeout(100.0) == []
+    assert machine.receive(Del("a")) == [StopProxy("a", 100), Ack()]
+
+
+def test_what_was_handed_over_is_released_with_the_rest() -> None:
+    machine = Workloads()
+    machine.connected()
+    machine.receive(add_with("a", 7, 8, 9), NETNS1)
+    assert machine.release() == [7, 8, 9]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 from mesh.proto import zds_pb2
-from mesh.zds import Add, Del, Keep, SnapshotSent
+from mesh.zds import Add, Answer, Del, Keep, Listener, SnapshotSent
 from mesh.zds.codec import (
+    MAX_LISTENERS,
     PACKET_BYTES,
     decode_ack,
     decode_hello,
@@ -86,7 +87,7 @@ def test_a_request_that_fits_no_packet_is_our_fault() -> None:
 def test_a_long_error_is_cut_at_a_character() -> None:
     data = encode_ack("é" * 2000)
     assert len(data) <= PACKET_BYTES
-    assert decode_ack(data) == "é" * 450
+    assert decode_ack(data).error == "é" * 450
 
 
 def test_an_answer_must_be_an_ack() -> None:
@@ -116,4 +117,70 @@ def test_any_error_text_fits_and_is_understood(text: str) -> None:
     data = encode_ack(text)
     assert len(data) <= PACKET_BYTES
     # The replacement character stands for what UTF-8 cannot say (lone surrogates).
-    assert text.encode("utf-8", "replace").decode().startswith(decode_ack(data))
+    assert text.encode("utf-8", "replace").decode().startswith(decode_ack(data).error)
+
+
+# ---- listeners, our addition
+
+
+def test_who_does_not_announce_it_sees_the_bytes_it_always_saw() -> None:
+    assert encode_hello(takes_listeners=False) == bytes.fromhex("0801")
+    assert encode_ack("", ()) == bytes.fromhex("0a00")
+    data = encode_request(ADD)
+    assert data == bytes.fromhex("0a1b") + b"\x0a\x05uid-1\x12\x12" + (
+        b"\x0a\x05web-0\x12\x04shop\x1a\x03web"
+    )
+    decoded = decode_request(data, (7,))
+    assert isinstance(decoded, Add)
+    assert not decoded.keeps_listeners
+    assert decoded.listener_fds() == {}
+    assert decode_hello(encode_hello()) is False
+
+
+def test_who_announces_it_still_says_a_hello_that_others_understand() -> None:
+    data = encode_hello(takes_listeners=True)
+    # Version first, then a field that a decoder without it skips.
+    assert data == bytes.fromhex("0801") + bytes.fromhex("c03e01")
+    assert decode_hello(data) is True
+
+
+def test_an_add_with_listeners_survives_the_wire() -> None:
+    for kinds in ((), (Listener.OUTBOUND,), tuple(Listener), (99,)):
+        fds = tuple(range(7, 8 + len(kinds)))
+        message = Add("uid-1", "web-0", "shop", "web", fds, tuple(map(int, kinds)))
+        decoded = decode_request(encode_request(message), fds)
+        assert decoded == message
+        assert isinstance(decoded, Add)
+        assert decoded.keeps_listeners
+        assert decoded.listener_fds() == dict(zip(kinds, fds[1:], strict=True))
+
+
+def test_an_answer_with_listeners_survives_the_wire() -> None:
+    data = encode_ack("", (Listener.OUTBOUND, Listener.DNS_UDP))
+    assert data.startswith(bytes.fromhex("0a"))
+    answer = decode_ack(data, (8, 9))
+    assert answer == Answer("", {Listener.OUTBOUND: 8, Listener.DNS_UDP: 9})
+
+
+@pytest.mark.parametrize("fds", [(), (1,), (1, 2, 3)])
+def test_names_and_descriptors_must_agree(fds: tuple[int, ...]) -> None:
+    with pytest.raises(RemoteProtocolError, match="descriptors"):
+        decode_ack(encode_ack("", (1, 2)), fds)
+    with pytest.raises(RemoteProtocolError, match="instead of 3"):
+        decode_request(encode_request(Add("u", "n", "ns", "sa", (), (1, 2))), fds[:2])
+
+
+def test_listeners_are_bounded_and_named_once() -> None:
+    for kinds in ((1, 1), tuple(range(1, MAX_LISTENERS + 2))):
+        fds = tuple(range(len(kinds)))
+        with pytest.raises(RemoteProtocolError, match="listeners"):
+            decode_ack(encode_ack("", kinds), fds)
+        with pytest.raises(RemoteProtocolError, match="listeners"):
+            decode_request(encode_request(Add("u", "n", "ns", "sa", (), kinds)), (0, *fds))
+
+
+def test_the_longest_messages_fit_with_every_listener() -> None:
+    kinds = tuple(range(1, MAX_LISTENERS + 1))
+    longest = Add("0" * 36, "n" * 253, "s" * 63, "a" * 253, (), kinds)
+    assert len(encode_request(longest)) <= PACKET_BYTES
+    assert len(encode_ack("e" * 2000, kinds)) <= PACKET_BYTES
