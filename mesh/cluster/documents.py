@@ -29,7 +29,10 @@ _LONGEST_NUMBER = 40
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq")}
-_CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_OCTAL = re.compile(r"0[0-7]+")
+_CONSTANTS = {"~": None, "": None}
+for _word, _constant in (("true", True), ("false", False), ("null", None)):
+    _CONSTANTS.update({_word: _constant, _word.title(): _constant, _word.upper(): _constant})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def _documents(values: Iterable[tuple[Any, Marks | None]], file: str) -> list[Do
 
 
 def _expand(value: Any, marks: Marks | None) -> Iterable[tuple[Any, Marks | None]]:
-    """The elements of a `List`, or the one object that this is."""
+    """The elements of a `List`, of lists in it too, or the one object that this is."""
     kind = value.get("kind") if isinstance(value, dict) else None
     items = value.get("items") if isinstance(value, dict) else None
     if not isinstance(kind, str) or not kind.endswith("List") or not isinstance(items, list):
@@ -92,7 +95,7 @@ def _expand(value: Any, marks: Marks | None) -> Iterable[tuple[Any, Marks | None
             # Elements of a PodList need not say that they are pods.
             each.setdefault("kind", kind.removesuffix("List"))
             each.setdefault("apiVersion", value.get("apiVersion"))
-        yield each, marks.find(("items", index)) if marks else None
+        yield from _expand(each, marks.find(("items", index)) if marks else None)
 
 
 # -- JSON ------------------------------------------------------------------------------
@@ -250,6 +253,8 @@ class _Builder:
         if len(text) > _LONGEST_NUMBER:
             self._fail(event, "the number is too long")
         if is_integer:
+            if _OCTAL.fullmatch(text):
+                return int(text, 8)  # as kubectl reads it: `defaultMode: 0400`
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         number = float(text)
         if number in (float("inf"), float("-inf")):

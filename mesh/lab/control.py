@@ -351,7 +351,7 @@ class LabClient:
         others = ", ".join(lab.name for lab in list_labs(uid=self.address.uid))
         return Unavailable(
             f"no lab named {self.address.name} is up",
-            hint=f"up: {others}" if others else "start one with: ambit lab up DIR",
+            hint=f"up: {others}" if others else "start one with: ambit lab up --dir DIR",
         )
 
     def _call(

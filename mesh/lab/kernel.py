@@ -86,7 +86,16 @@ class Kernel:
         fd = self.nodes[node.name] = _new_namespace({**_QUIET, **_ROUTER, **_POD})
         self._plug(f"node{node.index}", fd, node.ips)
         with _netlink(fd, node.name) as links:
-            links.link("add", ifname=POD_BRIDGE, kind="bridge", br_mcast_snooping=0, state="up")
+            # With no address of its own a bridge takes the lowest of its ports' and changes it when
+            # pods come and go: pods would talk to a gateway address that is no more.
+            links.link(
+                "add",
+                ifname=POD_BRIDGE,
+                kind="bridge",
+                br_mcast_snooping=0,
+                state="up",
+                address=addresses.mac_of(node.gateway_ips[0]),
+            )
             bridge = self._bridge[node.name] = links.link_lookup(ifname=POD_BRIDGE)[0]
             for address, network in zip(
                 node.gateway_ips, addresses.pod_networks(node.index), strict=True

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _ABSENT = object()
+_ADDRESSING = ("type", "clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy")
 
 
 def merge_patch_for(
@@ -39,3 +40,26 @@ def merge_patch_for(
         if key not in new and key in live:
             patch[key] = None
     return patch
+
+
+def service_patch_for(
+    last: Mapping[str, Any] | None, new: Mapping[str, Any], live: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As `merge_patch_for`, for a Service.
+
+    How it is addressed is one thing in five fields, most of them filled in live: if a file
+    changes one of them, what was filled in for the others goes.
+    """
+    patch = merge_patch_for(last, new, live)
+    before, wanted, now = (_spec(each) for each in (last or {}, new, live))
+    if last is not None and any(before.get(key) != wanted.get(key) for key in _ADDRESSING):
+        spec = patch.setdefault("spec", {})
+        for key in _ADDRESSING:
+            if wanted.get(key) != now.get(key):
+                spec[key] = wanted.get(key)
+    return patch
+
+
+def _spec(obj: Mapping[str, Any]) -> Mapping[str, Any]:
+    spec = obj.get("spec")
+    return spec if isinstance(spec, Mapping) else {}

@@ -54,12 +54,19 @@ table inet {table} {{
 """
 
 
-def ruleset(services: Iterable[tuple[ServicePlan, Sequence[Endpoint]]]) -> str:
-    """The whole ruleset, replaced in one transaction by `nft -f`."""
+def ruleset(services: Iterable[tuple[ServicePlan, Sequence[Endpoint]]], node: str = "") -> str:
+    """The whole ruleset of a node, replaced in one transaction by `nft -f`.
+
+    A Service with internalTrafficPolicy Local has the endpoints on `node` only.
+    """
     chains: list[str] = []
     dispatch: dict[str, list[str]] = {"IPv4": [], "IPv6": []}
     for service, endpoints in services:
-        ready = [endpoint for endpoint in endpoints if endpoint.is_ready]
+        ready = [
+            endpoint
+            for endpoint in endpoints
+            if endpoint.is_ready and (not service.is_local or endpoint.node == node)
+        ]
         for cluster_ip in service.cluster_ips:
             family = addresses.family_of(cluster_ip)
             for _, protocol, port, _ in service.ports:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import trio
 
+from mesh.cluster.objects import EndpointSlice, parse_endpoint_slice
+from mesh.errors import ConfigError
 from mesh.lab import addresses, launch, proxy_rules
 from mesh.lab.live import SYSTEM_NAMESPACE
 from mesh.lab.names import build_zone
 from mesh.lab.podspec import Container, PodSpec
 from mesh.lab.processes import Place
-from mesh.lab.services import Backend, Endpoint, ServicePlan, endpoints_of
+from mesh.lab.services import Backend, Endpoint, ServicePlan, endpoints_of, written_endpoints
 from mesh.lab.state import DOMAIN, LabState
 from mesh.lab.topology import NodePlan, PodPlan
 
@@ -29,6 +32,7 @@ def backends_of(state: LabState) -> list[Backend]:
             runner.pod.spec,
             runner.is_ready,
             runner.is_terminating,
+            runner.pod.node,
         )
         for runner in state.runners.values()
     ]
@@ -50,7 +54,20 @@ def backends_of(state: LabState) -> list[Backend]:
 def routes_of(state: LabState) -> list[tuple[ServicePlan, tuple[Endpoint, ...]]]:
     """Every Service and its endpoints."""
     backends = backends_of(state)
-    return [(s, endpoints_of(s, backends)) for _, s in sorted(state.plan.services.items())]
+    slices = _slices(state)
+    return [
+        (service, (*endpoints_of(service, backends), *written_endpoints(service, slices)))
+        for _, service in sorted(state.plan.services.items())
+    ]
+
+
+def _slices(state: LabState) -> list[EndpointSlice]:
+    found = []
+    for obj in state.live.of_kind("EndpointSlice"):
+        # The controller reads them too and tells what is wrong with one.
+        with contextlib.suppress(ConfigError):
+            found.append(parse_endpoint_slice(obj))
+    return found
 
 
 def _labels(state: LabState, pod: PodPlan) -> Mapping[str, str]:
@@ -78,8 +95,11 @@ class Routing:
             namespaces = [obj["metadata"]["name"] for obj in state.live.of_kind("Namespace")]
             state.zone = build_zone(DOMAIN, namespaces, routes, backends_of(state))
             rules = proxy_rules.ruleset(routes)
+            differ = any(service.is_local for service, _ in routes)
             async with trio.open_nursery() as nursery:
                 for node in state.plan.nodes:
+                    if differ:
+                        rules = proxy_rules.ruleset(routes, node.name)
                     if self._rules.get(node.name) != rules:
                         nursery.start_soon(self._program, node, rules)
             state.is_routed = not state.reroute.is_set()

@@ -194,6 +194,7 @@ class Desk:
         argv = [each.text() for each in request.get("argv").items()]
         if not argv:
             raise ConfigError("no command")
+        place = runner.place(container.name)
         environment = {
             **runner.environment(container),
             **request.get("environment").labels(),
@@ -201,7 +202,7 @@ class Desk:
         child = self._lab.processes.spawn(
             argv,
             environment=environment,
-            place=runner.place(container.name),
+            place=place,
             stdin=fds[0],
             stdout=fds[1],
             stderr=fds[2],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mesh.cluster.fields import Reader
-from mesh.cluster.objects import Service, is_selected, parse_service
+from mesh.cluster.objects import EndpointSlice, Service, is_selected, parse_service
 from mesh.errors import ConfigError
 from mesh.lab import addresses
 from mesh.lab.podspec import PodSpec
@@ -39,6 +39,8 @@ class ServicePlan:
     external_name: str = ""
     publish_not_ready: bool = False
     policy: str = "SingleStack"
+    is_local: bool = False
+    """Whether clients reach endpoints of their own node only."""
 
     @property
     def key(self) -> Key:
@@ -69,11 +71,13 @@ class Backend:
     spec: PodSpec
     is_ready: bool
     is_terminating: bool = False
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One pod behind a Service. `ports` maps the Service's port numbers to the pod's."""
+    """One pod behind a Service, or one endpoint written down in an EndpointSlice (then `pod` names
+    the slice). `ports` maps the Service's port numbers to the endpoint's."""
 
     pod: Key
     ips: tuple[str, ...]
@@ -81,6 +85,7 @@ class Endpoint:
     is_ready: bool
     hostname: str = ""
     subdomain: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,7 @@ def plan_service(
         selector=tuple(sorted(parsed.selector.items())),
         is_headless=parsed.is_headless,
         publish_not_ready=parsed.publish_not_ready_addresses,
+        is_local=parsed.internal_traffic_policy == "Local",
     )
     if parsed.type == "ExternalName":
         return replace(plan, external_name=spec.get("externalName").name()), held
@@ -213,6 +219,39 @@ def endpoints_of(service: ServicePlan, backends: Iterable[Backend]) -> tuple[End
                 backend.is_ready or service.publish_not_ready,
                 backend.spec.hostname,
                 backend.spec.subdomain,
+                backend.node,
             )
         )
     return tuple(sorted(found, key=lambda endpoint: endpoint.pod))
+
+
+def written_endpoints(
+    service: ServicePlan, slices: Iterable[EndpointSlice]
+) -> tuple[Endpoint, ...]:
+    """Endpoints of a Service that EndpointSlices write down, ready or not.
+
+    The slice's ports are found by the names of the Service's, as kube-proxy does it.
+    """
+    found = []
+    for each in slices:
+        if (each.namespace, each.service) != service.key or each.address_type == "FQDN":
+            continue
+        ports = {port: each.ports[name] for name, _, port, _ in service.ports if name in each.ports}
+        for endpoint in each.endpoints:
+            ips = tuple(
+                ip for ip in endpoint.addresses[:1] if addresses.family_of(ip) in service.families
+            )
+            if ips:
+                is_ready = endpoint.is_ready and not endpoint.is_terminating
+                found.append(
+                    Endpoint(
+                        (each.namespace, each.name),
+                        ips,
+                        ports,
+                        is_ready or service.publish_not_ready,
+                        endpoint.hostname,
+                        service.name if endpoint.hostname else "",
+                        endpoint.node,
+                    )
+                )
+    return tuple(found)

@@ -151,7 +151,7 @@ class Supervisor:
                 self._ambient.write_root_certificate()
         elif ref.kind in _PLANNED_KINDS:
             state.ask_replan()
-        elif ref.kind == "Namespace":
+        elif ref.kind in ("Namespace", "EndpointSlice"):
             state.ask_reroute()
         state.notify()
 
