@@ -29,9 +29,10 @@ fmt: ## format and sort imports
 	@.ci/setup test
 	@$(PYTHON_BIN) -m ruff check --quiet --fix --select I . ; $(PYTHON_BIN) -m ruff format .
 
-docs: ## write docs/reference/config.md from the configuration classes
+docs: ## write docs/reference/config.md and cli.md from the classes and commands
 	@.ci/setup test
 	@$(PYTHON_BIN) -m mesh.runtime.config_docs $(CONFIGS) > docs/reference/config.md
+	@$(PYTHON_BIN) -m mesh.cli.reference > docs/reference/cli.md
 
 lock: ## resolve the lock files anew (needs uv)
 	@uv pip compile -q pyproject.toml --group build --universal --python-version 3.11 --generate-hashes --no-header -o requirements.lock

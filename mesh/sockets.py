@@ -65,13 +65,23 @@ def from_sockaddr(address: tuple[str, int] | tuple[str, int, int, int]) -> Socke
     return SocketAddress(canonical_ip(address[0]), address[1])
 
 
+_HINTS = {
+    errno.EADDRINUSE: "`ss -ltnp` shows who has the port; end that program or set another port",
+    errno.EPERM: "run it as root, or with the capabilities that its manifest names",
+    errno.EACCES: "run it as root, or set a port from 1024 up",
+}
+
+
 @contextlib.contextmanager
 def _kernel(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
         raise KernelError(
-            f"{what}: {exc.strerror or exc}", errno=exc.errno or 0, command=what
+            f"{what}: {exc.strerror or exc}",
+            errno=exc.errno or 0,
+            command=what,
+            hint=_HINTS.get(exc.errno or 0, ""),
         ) from exc
 
 

@@ -21,7 +21,7 @@ from dnslib import DNSQuestion as LibraryQuestion
 from dnslib.dns import DNSError
 
 from mesh.errors import RemoteProtocolError
-from mesh.model.service import HealthPolicy, Service
+from mesh.model.service import HealthPolicy, IpFamilies, Service
 from mesh.model.store import Store
 from mesh.model.workload import Workload, WorkloadStatus
 
@@ -240,7 +240,19 @@ def _endpoint_addresses(service: Service, source: Workload, store: Store) -> lis
         if endpoint.workload.network == source.network
         and (any_health or endpoint.workload.status is WorkloadStatus.HEALTHY)
         for ip in endpoint.workload.addresses
+        if _is_offered(service.ip_families, ip)
     ]
+
+
+def _is_offered(families: IpFamilies, ip: str) -> bool:
+    """Whether a service offers this address: its pods may listen on the other family or not."""
+    match families:
+        case IpFamilies.IPV4_ONLY:
+            return ":" not in ip
+        case IpFamilies.IPV6_ONLY:
+            return ":" in ip
+        case _:
+            return True
 
 
 def encode_answer(question: Question, answer: Answer, *, limit: int) -> bytes:

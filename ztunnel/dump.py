@@ -182,6 +182,7 @@ def dump_pods(
                 "protocol": record.protocol,
                 "id": record.id,
                 "srcIdentity": str(record.source_identity or "") or None,
+                "policy": record.policy or None,
             }
         )
     return {

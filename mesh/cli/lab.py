@@ -34,7 +34,7 @@ def lab() -> None:
 @click.option(
     "--dir",
     "directory",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default=Path(),
     show_default="here",
     help="Directory of ordinary Kubernetes YAML; it is watched.",
@@ -79,7 +79,7 @@ def up(
     with errors():
         settings = LabSettings(
             name=check_name(name),
-            directory=directory.resolve(),
+            directory=Path(os.path.realpath(directory)),
             nodes=nodes,
             replace=parse_replacements(replace, nodes_on),
             detach=detach,
@@ -104,7 +104,10 @@ def parse_replacements(
     chosen: dict[str, tuple[str, ...]] = {}
     for item in replace:
         daemon, found, program = item.partition("=")
-        argv = tuple(shlex.split(program))
+        try:
+            argv = tuple(shlex.split(program))
+        except ValueError as exc:
+            raise ConfigError(f"--replace {item}: {str(exc).lower()}") from exc
         if not found or daemon not in DAEMONS or not argv:
             raise ConfigError(
                 f"--replace {item}: not DAEMON=PROGRAM", hint=f"daemons: {', '.join(DAEMONS)}"
@@ -133,6 +136,48 @@ def down(name: str | None) -> None:
         client = lab_client(name)
         client.down()
     say(f"lab {client.address.name} is down")
+
+
+_DAEMON = "DAEMON is istiod, or netconfig or ztunnel with its node: ztunnel@node1."
+
+
+@lab.command(epilog=_DAEMON)
+@lab_option
+@click.argument("daemon")
+def restart(name: str | None, daemon: str) -> None:
+    """End DAEMON in good order, and wait until its successor is ready.
+
+    Of ztunnel the successor is there first: connections go on, and no port is closed meanwhile.
+
+    \b
+    Examples:
+      ambit lab restart ztunnel@node1
+      ambit lab restart istiod
+      ambit lab restart netconfig@node2 --lab second
+    """
+    with errors():
+        client = lab_client(name)
+        if sys.stderr.isatty():
+            say(f"{daemon} restarts")
+        client.restart(daemon)
+    say(f"{daemon} was restarted")
+
+
+@lab.command(epilog=_DAEMON)
+@lab_option
+@click.argument("daemon")
+def kill(name: str | None, daemon: str) -> None:
+    """Kill DAEMON at once, as a crash would; the lab starts it again by itself.
+
+    \b
+    Examples:
+      ambit lab kill ztunnel@node1
+      ambit lab kill istiod
+      ambit lab kill netconfig@node2 && ambit lab status --wait
+    """
+    with errors():
+        lab_client(name).kill(daemon)
+    say(f"{daemon} was killed")
 
 
 @lab.command(name="list")

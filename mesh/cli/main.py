@@ -13,8 +13,14 @@ from mesh import __version__
 from mesh.cli.output import emit, output_option
 
 _VERBS = {
+    "certificates": ("mesh.cli.inspect", "certificates", "Show the proxies' certificates."),
+    "check": ("mesh.cli.check", "check", "Validate and lint YAML, without a cluster."),
+    "connections": ("mesh.cli.inspect", "connections", "Show open connections."),
     "lab": ("mesh.cli.lab", "lab", "Run the whole mesh on this machine."),
     "enroll": ("mesh.cli.enroll", "enroll", "Take a namespace into the mesh."),
+    "policies": ("mesh.cli.inspect", "policies", "Show the policies that proxies enforce."),
+    "services": ("mesh.cli.inspect", "services", "Show the services that proxies know."),
+    "workloads": ("mesh.cli.inspect", "workloads", "Show the workloads that proxies know."),
     "unenroll": ("mesh.cli.enroll", "unenroll", "Take a namespace out of the mesh."),
 }
 
@@ -48,6 +54,7 @@ def ambit() -> None:
       ambit lab demo                     watch the mesh at work, on this machine
       ambit lab up --dir my-yaml         run a directory of Kubernetes YAML
       ambit enroll shop                  take the namespace shop into the mesh
+      ambit workloads                    see what the node proxies know
     """
 
 

@@ -44,8 +44,10 @@ def fail(message: str, *, hint: str = "", code: int = FAILED) -> NoReturn:
 
 def exit_code(error: MeshError) -> int:
     """The exit code of an expected failure."""
+    from mesh.lab.control import NotThere  # not needed before something fails
+
     match error:
-        case NotFound():
+        case NotFound() | NotThere():
             return NOT_FOUND
         case ConfigError():
             return USAGE

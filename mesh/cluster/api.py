@@ -77,6 +77,7 @@ _API_VERSION = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?/)?[a-z0-9]
 # As a path segment this can neither be empty, nor hidden, nor climb. No underscore, as in
 # Kubernetes: names that controllers make up for themselves have one and cannot be taken.
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
 class NotFound(Unavailable):
@@ -232,10 +233,16 @@ def ref_of(obj: Any) -> Ref:
     namespace = metadata.get("namespace")
     if namespace is None or namespace == "":
         namespace = "default"
-    if not isinstance(namespace, str) or not _NAME.fullmatch(namespace):
+    if not isinstance(namespace, str) or not _LABEL.fullmatch(namespace):
         raise ConfigError(f"not a name: {str(namespace)[:80]!r}", field="metadata.namespace")
     group = obj["apiVersion"].rpartition("/")[0]
     kind = obj["kind"]
+    if kind in ("Namespace", "Service") and not group and not _LABEL.fullmatch(name):
+        raise ConfigError(
+            f"not a name of a {kind}: {name[:80]!r}",
+            field="metadata.name",
+            hint="it is part of DNS names: at most 63 characters, and no dots",
+        )
     if kind in _GROUP_OF and _GROUP_OF[kind] != group:
         kind = f"{kind}.{group}" if group else f"{kind}.core"
     return Ref(kind, "" if kind in _CLUSTER_SCOPED else namespace, name)

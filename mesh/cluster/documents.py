@@ -1,10 +1,11 @@
 """The text of one file -> the Kubernetes objects in it, each with the place it stands at.
 
-YAML is read the way people mean it in manifests: only `true` and `false` are booleans, so
-a label value `no` stays text (YAML 1.2 core schema, without its spare spellings); a key
-that is written twice is an error, as are anchors, aliases and tags of other languages. The
-parser is libyaml, by events: nothing recurses over what the file nests, and every value
-keeps its line and column. JSON is read by the json module.
+YAML is read the way people mean it in manifests: only `true` and `false` are booleans, so a
+label value `no` stays text (YAML 1.2 core schema), and `0400` is octal, because kubectl
+reads it so and it is always a file mode; a key that is written twice is an error, as are
+anchors, aliases and tags of other languages. The parser is libyaml, by events: nothing
+recurses over what the file nests, and every value keeps its line and column. JSON is read
+by the json module.
 
 Bounded: bytes by the caller, nesting and number of objects here. Pure.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq")}
 _OCTAL = re.compile(r"0[0-7]+")
-_CONSTANTS = {"~": None, "": None}
+_CONSTANTS: dict[str, bool | None] = {"~": None, "": None}
 for _word, _constant in (("true", True), ("false", False), ("null", None)):
     _CONSTANTS.update({_word: _constant, _word.title(): _constant, _word.upper(): _constant})
 
@@ -44,11 +45,18 @@ class Document:
     source: Source
 
 
-def read_documents(data: bytes, file: str, *, marks: bool = True) -> list[Document]:
+def read_documents(
+    data: bytes,
+    file: str,
+    *,
+    marks: bool = True,
+    complain: Callable[[ConfigError], None] | None = None,
+) -> list[Document]:
     """The objects in the bytes of `file`; its suffix says whether they are JSON.
 
     `marks=False` gives up columns and fields of JSON files, which makes them several times
-    cheaper to read. Raises ConfigError with file, line and column, as far as known.
+    cheaper to read. With `complain` an object that is none is told and left out, and the rest
+    is read. Raises ConfigError with file, line and column, as far as known.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -56,13 +64,17 @@ def read_documents(data: bytes, file: str, *, marks: bool = True) -> list[Docume
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"not UTF-8 text (byte {exc.start})", file=file, line=line) from exc
     if not file.endswith(".json"):
-        return _documents(_parse_yaml(text, file), file)
+        return _documents(_parse_yaml(text, file), file, complain)
     value = _parse_json(text, file)
     places = _json_marks(text, file) if marks else None
-    return _documents([(value, places)] if value is not None else [], file)
+    return _documents([(value, places)] if value is not None else [], file, complain)
 
 
-def _documents(values: Iterable[tuple[Any, Marks | None]], file: str) -> list[Document]:
+def _documents(
+    values: Iterable[tuple[Any, Marks | None]],
+    file: str,
+    complain: Callable[[ConfigError], None] | None,
+) -> list[Document]:
     found: list[Document] = []
     places: dict[Ref, Source] = {}
     for value, marks in values:
@@ -70,12 +82,13 @@ def _documents(values: Iterable[tuple[Any, Marks | None]], file: str) -> list[Do
             source = Source(file, mark.line, mark.column, mark) if mark else Source(file)
             try:
                 ref = ref_of(obj)
+                if ref in places:
+                    raise ConfigError(f"{ref} stands in this file twice, first at {places[ref]}")
             except ConfigError as exc:
-                raise located(exc, source) from exc
-            if ref in places:
-                raise located(
-                    ConfigError(f"{ref} stands in this file twice, first at {places[ref]}"), source
-                )
+                if complain is None:
+                    raise located(exc, source) from exc
+                complain(located(exc, source))
+                continue
             places[ref] = source
             found.append(Document(ref, obj, source))
             if len(found) > MAX_OBJECTS:

@@ -143,8 +143,15 @@ class FileTree:
                 yield from self._walk(entry.path, depth + 1)
             elif is_manifest(entry.name):
                 yield entry.path, None
-            elif entry.is_symlink() and entry.is_dir():
-                yield entry.path, ConfigError("a linked directory is not read", file=entry.path)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                yield (
+                    entry.path,
+                    ConfigError(
+                        "a linked directory is not read",
+                        file=entry.path,
+                        hint="link its files, or copy it",
+                    ),
+                )
 
     # -- one round ---------------------------------------------------------------------
 
@@ -159,13 +166,16 @@ class FileTree:
         for path in paths:
             if self._is_wanted and not self._is_wanted(os.path.relpath(path, self._root)):
                 continue
-            signature = _signature(path)
+            signature = None
             try:
+                signature = _signature(path)
                 fresh = self._read(path, signature, unsettled)
             except ConfigError as exc:
                 # Known as it was before we read it, so that the same bytes are not read and
                 # complained about again.
-                self._files.setdefault(path, _File()).signature = signature
+                file = self._files.setdefault(path, _File())
+                file.signature = signature
+                exc.hint = exc.hint or _consequence(file)
                 faults[path, None] = exc
                 continue
             if fresh is None:
@@ -277,11 +287,22 @@ def _duplicate(ref: Ref, second: Source, first: Source) -> ConfigError:
     )
 
 
+def _consequence(file: _File) -> str:
+    if file.documents:
+        return "mend it; until then what it last held stays in force"
+    return "mend it; until then nothing of it is used"
+
+
 def _signature(path: str) -> _Signature | None:
+    """What the file is now, None if it is gone. Raises ConfigError if that cannot be told."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        if os.path.islink(path):
+            raise ConfigError("the link leads nowhere", file=path) from exc
         return None
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc.strerror}", file=path) from exc
     return _signature_of(found)
 
 

@@ -9,6 +9,7 @@ are checked as the pods it will make.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -17,11 +18,12 @@ from mesh.cluster.fields import Reader
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.objects import Namespace, Pod, Service, ServiceAccount, is_selected, parse_pod
 from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication
+from mesh.cluster.shapes import unknown_fields
 from mesh.errors import ConfigError
 
 # What exists in every cluster without anybody writing it down.
 _GIVEN_NAMESPACES = frozenset({"", "default", "kube-system", "kube-public", "kube-node-lease"})
-_TEMPLATES: Mapping[str, tuple[str, ...]] = {
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "Deployment": ("spec", "template"),
     "StatefulSet": ("spec", "template"),
     "DaemonSet": ("spec", "template"),
@@ -100,11 +102,12 @@ def check(
             continue
         places[ref] = source
         checked.refs.append(ref)
+        findings.extend(_misspelt(ref, obj, source))
         try:
             view = checked.inventory.put(ref, obj, source)
             if isinstance(view, Pod):
                 checked.pods.append((ref, "", view))
-            elif ref.kind in _TEMPLATES:
+            elif ref.kind in TEMPLATES:
                 checked.pods.append(_templated(ref, obj))
         except ConfigError as exc:
             findings.append(Finding(Severity.ERROR, exc.message, ref, exc.field, source, exc.hint))
@@ -112,8 +115,15 @@ def check(
     return findings
 
 
+def _misspelt(ref: Ref, obj: Object, source: Source | None) -> Iterator[Finding]:
+    for path, meant in unknown_fields(ref.kind, obj):
+        hint = f"did you mean {meant}?" if meant else ""
+        message = "unknown field: it is ignored"
+        yield Finding(Severity.WARNING, message, ref, path, source, hint)
+
+
 def _templated(ref: Ref, obj: Object) -> tuple[Ref, str, Pod]:
-    path = _TEMPLATES[ref.kind]
+    path = TEMPLATES[ref.kind]
     template = Reader(obj).at(*path)
     prefix = ".".join(path) + "."
     if not template.exists:
@@ -136,6 +146,7 @@ def _relate(checked: _Set, places: Mapping[Ref, Source | None]) -> Iterator[Find
     for each in (
         _missing_namespaces(checked),
         _dangling_accounts(checked),
+        _shared_ports(checked),
         _odd_services(checked),
         _odd_policies(checked),
     ):
@@ -151,7 +162,7 @@ def _missing_namespaces(checked: _Set) -> Iterator[_Remark]:
     known = {each.name for each in checked.inventory.all(Namespace)} | _GIVEN_NAMESPACES
     for ref in checked.refs:
         if ref.namespace not in known:
-            hint = f"kubectl create namespace {ref.namespace}, or write it beside this"
+            hint = "write a Namespace object, or correct the name"
             yield ref, "metadata.namespace", f'no namespace "{ref.namespace}" is defined', hint
 
 
@@ -164,8 +175,20 @@ def _dangling_accounts(checked: _Set) -> Iterator[_Remark]:
             ref,
             f"{prefix}spec.serviceAccountName",
             f'no service account "{name}" is defined in namespace "{ref.namespace}"',
-            "",
+            "write a ServiceAccount object, or correct the name",
         )
+
+
+def _shared_ports(checked: _Set) -> Iterator[_Remark]:
+    for ref, prefix, pod in checked.pods:
+        times = Counter((each.number, each.protocol) for each in pod.ports)
+        for (number, protocol), count in times.items():
+            if count > 1:
+                message = (
+                    f"port {number}/{protocol} is declared twice: the containers of a pod share "
+                    "its address, so only one of them can listen there"
+                )
+                yield ref, f"{prefix}spec.containers", message, "give each a port of its own"
 
 
 def _odd_services(checked: _Set) -> Iterator[_Remark]:
@@ -180,7 +203,8 @@ def _odd_services(checked: _Set) -> Iterator[_Remark]:
         if not selected:
             pairs = ", ".join(f"{key}={value}" for key, value in service.selector.items())
             message = f"selects nothing: no pod in {service.namespace!r} has {pairs}"
-            yield service.ref, "spec.selector", message, ""
+            hint = "compare it with the labels of the pods, or of their template"
+            yield service.ref, "spec.selector", message, hint
             continue
         for index, port in enumerate(service.ports):
             if isinstance(port.target, int):

@@ -62,20 +62,12 @@ async def _live(settings: launch.LabSettings, listener: socket.socket, reporter:
         reporter.close()
         if settings.detach:
             supervisor.state.speaker.is_quiet = True
-            _let_go_of_terminal()
+            launch.let_go_of_terminal()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch_signals)
         await supervisor.run(lambda lab: serve_control(lab, listener), on_ready)
         nursery.cancel_scope.cancel()
-
-
-def _let_go_of_terminal() -> None:
-    """Nothing is read from, or written to, the terminal the lab was started from."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from mesh.cluster.api import Ref
-from mesh.errors import Unavailable
+from mesh.errors import ConfigError, Unavailable
 from mesh.lab import addresses, daemons, fetch, mounts, system_objects
 from mesh.lab.kubelet import PodRunner
 from mesh.lab.live import SYSTEM_NAMESPACE
@@ -31,6 +31,7 @@ from mesh.lab.tokens import AUDIENCE, LIFETIME_SECONDS, Issuer, Subject
 from mesh.lab.topology import NodePlan, PodPlan
 
 READY_SECONDS = 30.0
+START_SECONDS = 60.0
 CAPTURE_SECONDS = 10.0
 ROOT_CERTIFICATE = Ref("ConfigMap", SYSTEM_NAMESPACE, "istio-ca-root-cert")
 ROOT_KEY = "root-cert.pem"
@@ -90,7 +91,11 @@ class Ambient:
             await self._state.live.patch(ref, patch)
 
     async def start(self, services: trio.Nursery, logs: trio.Nursery) -> None:
-        """Start every daemon; returns when all are ready. Raises Unavailable with the reason."""
+        """Start every daemon; returns when all are ready.
+
+        Raises Unavailable with the reason, ConfigError for settings of a daemon there is not.
+        """
+        self._check_names()
         directory = self._state.run_directory / "istiod"
         (directory / "ca").mkdir(parents=True, mode=0o700)
         (directory / "token-keys.json").write_text(self._issuer.public_keys(), "ascii")
@@ -107,6 +112,18 @@ class Ambient:
         async with trio.open_nursery() as nursery:
             for node in self._state.plan.nodes:
                 nursery.start_soon(self._start_node, services, logs, node)
+
+    def _check_names(self) -> None:
+        nodes = [node.name for node in self._state.plan.nodes]
+        known = {"istiod", *daemons.ON_NODES}
+        known |= {f"{kind}@{node}" for kind in daemons.ON_NODES for node in nodes}
+        for name in (*self._state.settings.replace, *self._state.settings.environment):
+            if name not in known:
+                raise ConfigError(
+                    f"there is no {name} to replace",
+                    hint=f"daemons: istiod, {', '.join(daemons.ON_NODES)}; "
+                    f"nodes: {', '.join(nodes)}",
+                )
 
     async def _start_node(self, services: trio.Nursery, logs: trio.Nursery, node: NodePlan) -> None:
         directory = self._around.node_directory(node.name)
@@ -127,7 +144,15 @@ class Ambient:
         log = Log(state.run_directory / "logs" / f"{spec.name}.log")
         daemon = daemons.Daemon(spec, state.processes, log, state.speaker.say, logs, state.notify)
         state.daemons[spec.name] = daemon
-        await services.start(daemon.keep)
+        with trio.move_on_after(START_SECONDS) as waiting:
+            await services.start(daemon.keep)
+        if waiting.cancelled_caught:
+            raise Unavailable(
+                f"{spec.name} runs, but was not ready within {START_SECONDS:.0f} s"
+                f"\n{daemon.last_words()}".rstrip(),
+                hint=f"it has to answer 200 to {spec.ready_path}; "
+                f"its command: {' '.join(spec.argv)}",
+            )
         state.ask_reroute()
 
     def _place(self, directory: Path, net: int) -> Place:

@@ -24,6 +24,12 @@ from mesh.lab.processes import Child, Log, Place, Processes, log_pipe
 from mesh.retry import Backoff
 
 STABLE_SECONDS = 60.0
+# What it started may hold its output open for longer than it lives.
+LAST_WORDS_SECONDS = 0.5
+_LONGEST_WORDS = 200
+_ADVICE = {
+    "address already in use": " (the containers of a pod share its ports: change one of the two)"
+}
 
 
 @dataclass(slots=True)
@@ -48,7 +54,7 @@ class ContainerState:
             state = {"running": {"startedAt": self.since}}
         elif self.state == "terminated":
             ended = {"exitCode": self.code, "reason": self.reason, "finishedAt": self.since}
-            state = {"terminated": ended}
+            state = {"terminated": {**ended, "message": self.message}}
         else:
             state = {"waiting": {"reason": self.reason, "message": self.message}}
         return {
@@ -100,6 +106,9 @@ class ContainerRunner:
     container: Container
     room: Room
     state: ContainerState = field(init=False)
+    _log: Log | None = None
+    _said_all: trio.Event = field(default_factory=trio.Event)
+    _killed_for: str = ""
 
     def __post_init__(self) -> None:
         self.state = ContainerState(self.container.name)
@@ -133,7 +142,8 @@ class ContainerRunner:
     async def _wait_to_restart(self, seconds: float) -> None:
         state = self.state
         if state.state == "terminated":
-            state.message = f"exit code {state.code}; starts again in {seconds:.0f} s"
+            message = state.message or f"exit code {state.code}"
+            state.message = f"{message}; starts again in {seconds:.0f} s"
         state.state, state.reason = "waiting", "CrashLoopBackOff"
         state.restarts += 1
         await self.room.tell()
@@ -147,9 +157,10 @@ class ContainerRunner:
             child = self._start(environment)
         except MeshError as error:
             state.state, state.reason = "waiting", "CreateContainerConfigError"
-            state.message = str(error)
+            state.message = f"{error}; {error.hint}" if error.hint else str(error)
             await self.room.tell()
             return 1
+        self._killed_for = ""
         state.child, state.state, state.reason = child, "running", ""
         state.message, state.since = "", wall_clock()
         state.is_started = container.startup is None
@@ -162,8 +173,11 @@ class ContainerRunner:
                 nursery.cancel_scope.cancel()
         finally:
             state.is_ready = False
+        with trio.move_on_after(LAST_WORDS_SECONDS):
+            await self._said_all.wait()
         state.state, state.code, state.since = "terminated", code, wall_clock()
         state.reason = "Completed" if code == 0 else "Error"
+        state.message = "" if code == 0 else self._explain(code)
         await self.room.tell()
         return code
 
@@ -182,15 +196,24 @@ class ContainerRunner:
             raise
         finally:
             os.close(writing)
-        self.room.logs.start_soon(self._pump, reading)
+        self._log = Log(self.room.log_path(self.container.name))
+        self._said_all = trio.Event()
+        self.room.logs.start_soon(self._pump, self._log, reading, self._said_all)
         return child
 
-    async def _pump(self, reading: int) -> None:
-        log = Log(self.room.log_path(self.container.name))
+    async def _pump(self, log: Log, reading: int, said_all: trio.Event) -> None:
         try:
             await log.pump(reading)
         finally:
             log.close()
+            said_all.set()
+
+    def _explain(self, code: int) -> str:
+        """Why it ended: the probe that had it killed, or its own last words."""
+        said = self._log.last if self._log is not None else b""
+        words = self._killed_for or last_line(said)
+        advice = next((each for text, each in _ADVICE.items() if text in words.lower()), "")
+        return f"exit code {code}" + (f": {words}" if words else "") + advice
 
     # Probes.
 
@@ -216,7 +239,7 @@ class ContainerRunner:
 
         async def on_liveness(passed: bool, reason: str) -> None:
             if not passed:
-                self.state.message = f"liveness: {reason}"
+                self.state.message = self._killed_for = f"liveness: {reason}"
                 await child.stop(self.room.grace())
 
         async with trio.open_nursery() as nursery:
@@ -232,7 +255,7 @@ class ContainerRunner:
             if ok:
                 passed.set()
             else:
-                self.state.message = f"startup: {reason}"
+                self.state.message = self._killed_for = f"startup: {reason}"
                 await child.stop(self.room.grace())
 
         async with trio.open_nursery() as nursery:
@@ -242,6 +265,13 @@ class ContainerRunner:
         self.state.is_started = True
         self.state.is_ready = self.container.readiness is None
         await self.room.tell()
+
+
+def last_line(said: bytes) -> str:
+    """The last line of an output that says anything, shortened."""
+    lines = (line.strip() for line in reversed(said.decode("utf-8", "replace").splitlines()))
+    found = next((line for line in lines if line), "")
+    return "".join(each if each.isprintable() else " " for each in found)[:_LONGEST_WORDS]
 
 
 def _restart_backoff() -> Backoff:

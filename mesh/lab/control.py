@@ -338,7 +338,9 @@ class LabClient:
                 ancillary = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
                 sent = connection.sendmsg([data], [ancillary])
                 data = data[sent:]
-            connection.sendall(data)
+            # A lab that refuses at once may have closed by now: even sending nothing would fail.
+            if data:
+                connection.sendall(data)
         except ConnectionRefusedError as exc:
             connection.close()
             raise self._no_lab() from exc

@@ -33,6 +33,7 @@ CLUSTER_ID = "Kubernetes"
 CONTROLLER_NAME = "istiod.istio-system.svc"
 AGENT_HEALTH_PORT = 8000
 PROXY_READINESS_PORT = 15021
+ON_NODES = ("netconfig", "ztunnel")
 TRUSTED_PROXY = "istio-system/ztunnel"
 
 
@@ -129,9 +130,9 @@ class Daemon:
         if not self._was_ready:
             with trio.move_on_after(1.0):
                 await self._said_all.wait()
-            said = self.log.tail(LAST_LINES).decode("utf-8", "replace").strip()
             raise Unavailable(
-                f"{self.spec.name} ended with code {code} before it was ready\n{said}".strip(),
+                f"{self.spec.name} ended with code {code} before it was ready"
+                f"\n{self.last_words()}".rstrip(),
                 hint=f"its command: {' '.join(self.spec.argv)}",
             )
         return code
@@ -158,6 +159,10 @@ class Daemon:
                 with trio.CancelScope(shield=True):
                     await following.stop(STOP_SECONDS)
         return following if is_ready else None
+
+    def last_words(self) -> str:
+        """The last lines of its log."""
+        return self.log.tail(LAST_LINES).decode("utf-8", "replace").strip()
 
     def _start(self) -> Child:
         reading, writing = log_pipe()

@@ -60,6 +60,11 @@ _ROUTER = {
 }
 _POD = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 0"}
 
+_HINTS = {
+    errno.EOPNOTSUPP: "the kernel lacks veth or bridge: modprobe veth bridge",
+    errno.EPERM: "run it as root with all capabilities, or as an ordinary user",
+}
+
 
 class Kernel:
     """The lab's network. Descriptors of all its namespaces belong to it, but for the pods'."""
@@ -225,8 +230,9 @@ def _netlink(fd: int, what: str) -> Iterator[Any]:
         with netns.inside(fd), IPRoute() as links:
             yield links
     except NetlinkError as exc:
-        hint = "the kernel lacks veth or bridge" if exc.code == errno.EOPNOTSUPP else ""
-        raise KernelError(f"{what}: netlink: {exc}", errno=exc.code, hint=hint) from exc
+        reason = exc.args[1] if len(exc.args) > 1 else exc
+        hint = _HINTS.get(exc.code, "")
+        raise KernelError(f"{what}: netlink: {reason}", errno=exc.code, hint=hint) from exc
     except OSError as exc:
         raise KernelError(f"{what}: {exc}", errno=exc.errno or 0) from exc
     except IndexError as exc:

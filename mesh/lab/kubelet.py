@@ -18,7 +18,7 @@ import trio
 
 from mesh.errors import ConfigError, KernelError, MeshError, Unavailable
 from mesh.lab import mounts
-from mesh.lab.containers import ContainerRunner, Room
+from mesh.lab.containers import ContainerRunner, ContainerState, Room
 from mesh.lab.environment import Objects, variables_of
 from mesh.lab.kernel import Kernel
 from mesh.lab.pod_files import PodFiles, containers_of, wall_clock
@@ -278,7 +278,7 @@ class PodRunner:
             "restarts": sum(state.restarts for state in states),
             "owner": self.pod.owner,
             "containers": [state.summary() for state in states],
-            "message": self.message or next((s.message for s in states if s.message), ""),
+            "message": self.message or _first_message(states),
         }
 
     # The end.
@@ -305,3 +305,11 @@ class PodRunner:
             self.namespaces = None
             self.files.remove()
         self.ended.set()
+
+
+def _first_message(states: list[ContainerState]) -> str:
+    """What the first container with anything to say says, by name if it is one of several."""
+    for state in states:
+        if state.message:
+            return f"{state.name}: {state.message}" if len(states) > 1 else state.message
+    return ""

@@ -166,12 +166,15 @@ def start(
 
 def check_machine(settings: LabSettings) -> None:
     """Refuse what cannot work, with a hint, before anything is made."""
-    if not settings.directory.is_dir():
+    try:
+        os.scandir(settings.directory).close()
+    except OSError as exc:
+        missing = isinstance(exc, FileNotFoundError)
         raise ConfigError(
-            "no such directory" if not settings.directory.exists() else "not a directory",
+            "no such directory" if missing else (exc.strerror or str(exc)).lower(),
             file=str(settings.directory),
             hint="give the directory that holds the Kubernetes YAML",
-        )
+        ) from exc
     if settings.nodes is not None and not 1 <= settings.nodes <= 64:
         raise ConfigError(f"{settings.nodes} is out of range 1..64", field="nodes")
     release = os.uname().release
@@ -283,6 +286,9 @@ class _Child:
                 self._become_supervisor()
             self.listener.close()
             os.close(self.report)
+            if self.settings.detach:
+                # Whoever reads the caller's output to its end must not wait for the lab's.
+                let_go_of_terminal()
             for number in _ENDING:
                 signal.signal(number, lambda *_: os.kill(pid, signal.SIGTERM))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
@@ -337,6 +343,14 @@ class _Child:
     def _refuse(self, error: MeshError) -> NoReturn:
         os.write(self.report, json.dumps(control.error_answer(error)).encode() + b"\n")
         os._exit(1)
+
+
+def let_go_of_terminal() -> None:
+    """Nothing is read from, or written to, the terminal the lab was started from."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ from mesh.cluster.api import (
     Put,
     Ref,
     Source,
+    located,
     merge_patch,
     ref_of,
 )
 from mesh.cluster.directory import DirectoryCluster
 from mesh.errors import ConfigError, MeshError
-from mesh.lab.merge import merge_patch_for
+from mesh.lab.merge import merge_patch_for, service_patch_for
 from mesh.lab.pod_files import wall_clock
+from mesh.lab.services import ClusterIps, plan_service
 
 SYSTEM_NAMESPACE = "istio-system"
 DEFAULT_NAMESPACES = ("default", "kube-system", SYSTEM_NAMESPACE)
@@ -101,6 +103,11 @@ class Live:
         if source is not None:
             self.sources[ref] = source
         last = self._applied.get(ref)
+        live = self.objects.get(ref)
+        merge = service_patch_for if ref.kind == "Service" else merge_patch_for
+        patch = merge(last, wanted, live) if live is not None else {}
+        if ref.kind == "Service":
+            self._admit(ref, merge_patch(live, patch) if live is not None else wanted, source)
         self._applied[ref] = wanted
         if ref.kind == "Pod":
             before = self.pods.get(ref)
@@ -108,14 +115,12 @@ class Live:
                 self.pods[ref] = wanted
                 self._pods_changed()
             return
-        live = self.objects.get(ref)
         if live is None:
             await self.create(wanted)
-        else:
-            patch = merge_patch_for(last, wanted, live)
-            if patch:
-                await self.patch(ref, patch)
+        elif patch:
+            await self.patch(ref, patch)
         if ref.kind == "Namespace":
+            self._forget_notes(f"namespace {ref.name} ")
             await self.ensure_service_account(ref.name, "default")
 
     async def withdraw(self, ref: Ref) -> None:
@@ -129,6 +134,24 @@ class Live:
         if ref.kind == "Namespace" and ref.name in DEFAULT_NAMESPACES:
             return
         await self.delete(ref)
+        if ref.kind == "Namespace" and any(each.namespace == ref.name for each in self._applied):
+            await self.ensure_namespace(ref.name, "made for the objects that are in it")
+
+    def _admit(self, ref: Ref, obj: Object, source: Source | None) -> None:
+        """Refuse a Service as the API server would, before anybody sees it. Raises ConfigError."""
+        holders = {
+            ip: (other.namespace, other.name)
+            for other, live in self.objects.items()
+            if other.kind == "Service" and other != ref
+            for ip in _cluster_ips(live)
+        }
+        try:
+            plan_service(obj, None, ClusterIps(holders))
+        except ConfigError as error:
+            raise located(error, source) from error
+
+    def _forget_notes(self, start: str) -> None:
+        self.notes -= {note for note in self.notes if note.startswith(start)}
 
     async def create(self, obj: Object) -> None:
         """Write a new object, with uid and time of creation."""
@@ -198,6 +221,15 @@ class Live:
             self._changed(ref)
 
 
+def _cluster_ips(service: Object) -> list[str]:
+    """The cluster IPs that a live Service holds."""
+    spec = service.get("spec")
+    if not isinstance(spec, dict):
+        return []
+    listed = spec.get("clusterIPs") or [spec.get("clusterIP")]
+    return [ip for ip in listed if isinstance(ip, str) and ip not in ("", "None")]
+
+
 def _prepared(obj: Object, ref: Ref, source: Source | None) -> Object:
     """The object as it goes into the live directory."""
     made = copy.deepcopy(obj)
@@ -229,6 +261,7 @@ class UserFiles:
         self._live = live
         self._say = say
         self._faults: dict[str, ConfigError] = {}
+        self._refused: dict[Ref, Put] = {}
 
     @property
     def faults(self) -> Sequence[ConfigError]:
@@ -248,9 +281,12 @@ class UserFiles:
                         first.append(event)
                     case Put():
                         await self._apply(event)
+                        await self._retry(event.ref)
                     case Deleted(ref=ref):
                         self._faults.pop(str(ref), None)
+                        self._refused.pop(ref, None)
                         await self._guard(ref, None, self._live.withdraw(ref))
+                        await self._retry(ref)
                     case Fault(error=error, repaired=repaired):
                         self._note(str(error), None if repaired else error)
                     case _:
@@ -260,18 +296,38 @@ class UserFiles:
                         task_status.started()
 
     async def _apply(self, put: Put) -> None:
-        self._faults.pop(str(put.ref), None)
-        await self._guard(put.ref, put.source, self._live.apply(put.object, put.source))
+        doing = self._live.apply(put.object, put.source)
+        if await self._guard(put.ref, put.source, doing):
+            self._refused.pop(put.ref, None)
+            self._faults.pop(str(put.ref), None)
+        else:
+            self._refused[put.ref] = put
 
-    async def _guard(self, ref: Ref, source: Source | None, doing: Any) -> None:
+    async def _retry(self, changed: Ref) -> None:
+        """After a change of a Service: others may have been refused on its account."""
+        if changed.kind == "Service":
+            for put in [*self._refused.values()]:
+                if put.ref.kind == "Service" and put.ref != changed:
+                    await self._apply(put)
+
+    async def _guard(self, ref: Ref, source: Source | None, doing: Awaitable[None]) -> bool:
+        """Whether `doing` went well; its error becomes a fault."""
         try:
             await doing
         except MeshError as error:
             place = source or Source(str(ref))
-            fault = ConfigError(
-                str(error), file=place.file, line=place.line, column=place.column, hint=error.hint
-            )
+            fault = error
+            if not isinstance(fault, ConfigError) or not fault.file:
+                fault = ConfigError(
+                    str(error),
+                    file=place.file,
+                    line=place.line,
+                    column=place.column,
+                    hint=error.hint,
+                )
             self._note(str(ref), fault)
+            return False
+        return True
 
     def _note(self, key: str, error: ConfigError | None) -> None:
         if error is None:

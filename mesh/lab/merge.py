@@ -52,7 +52,7 @@ def service_patch_for(
     """
     patch = merge_patch_for(last, new, live)
     before, wanted, now = (_spec(each) for each in (last or {}, new, live))
-    if last is not None and any(before.get(key) != wanted.get(key) for key in _ADDRESSING):
+    if last and wanted and any(before.get(key) != wanted.get(key) for key in _ADDRESSING):
         spec = patch.setdefault("spec", {})
         for key in _ADDRESSING:
             if wanted.get(key) != now.get(key):

@@ -27,6 +27,7 @@ MAX_LOG_BYTES = 10 << 20
 MAX_OUTPUT = 1 << 20
 CANNOT_START = 126
 _CHUNK = 1 << 16
+_LAST_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +225,14 @@ def kill_inside(namespace: int) -> int:
 
 
 class Log:
-    """A log of bounded size: when the file is full it becomes `.1` and a new one begins."""
+    """A log of bounded size: when the file is full it becomes `.1` and a new one begins.
+
+    `last` is the end of what was written through this very object.
+    """
 
     def __init__(self, path: Path, *, limit: int = MAX_LOG_BYTES) -> None:
         self.path = path
+        self.last = b""
         self._limit = limit
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -235,6 +240,7 @@ class Log:
 
     def write(self, data: bytes) -> None:
         """Append; a full disk (the lab's tmpfs) loses the data and nothing else."""
+        self.last = (self.last + data[-_LAST_BYTES:])[-_LAST_BYTES:]
         if self._size + len(data) > self._limit and self._size:
             os.replace(self.path, self.earlier)
             os.close(self._fd)

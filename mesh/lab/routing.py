@@ -83,6 +83,7 @@ class Routing:
         self._state = state
         self._nft = launch.find_program("nft") or "nft"
         self._rules: dict[str, str] = {}
+        self._refusals: dict[str, str] = {}
 
     async def run(self) -> None:
         """Follow `reroute`. Never returns."""
@@ -115,6 +116,11 @@ class Routing:
         )
         if code == 0:
             self._rules[node.name] = rules
+            self._refusals.pop(node.name, None)
             return
         first = said.decode("utf-8", "replace").strip().splitlines()[:1]
-        self._state.speaker.say(f"{node.name}: nft refused the Services' rules: {' '.join(first)}")
+        message = f"{node.name}: nft refused the Services' rules: {' '.join(first)}"
+        # Said once for as long as it lasts: every change of a pod tries again.
+        if self._refusals.get(node.name) != message:
+            self._refusals[node.name] = message
+            self._state.speaker.say(f"{message}\nhint: the rules it had stay; try `nft --version`")

@@ -38,6 +38,7 @@ MAX_TAPS = 16
 MAX_NEEDLES = 64
 FOLLOW_SECONDS = 0.1
 REQUEST_SECONDS = 10.0
+LEFT_SECONDS = 2.0
 DRAIN_SECONDS = 1.0
 _CHUNK = 1 << 18
 _CREDENTIALS = struct.Struct("3i")
@@ -216,6 +217,7 @@ class Desk:
                 code = await child.wait()
                 nursery.cancel_scope.cancel()
                 return {"code": code}
+            await child.stop(LEFT_SECONDS)
         finally:
             child.signal(signal.SIGKILL)
         raise Unavailable("the asker went away")

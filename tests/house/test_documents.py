@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from mesh.cli.output import FAILED, NOT_FOUND, UNREACHABLE, USAGE
+from mesh.cli.reference import render as render_commands
 from mesh.runtime.config_docs import find_class, render
-from tests.support.tree import PACKAGES, ROOT, resolves
+from tests.support.tree import PACKAGES, ROOT, modules, resolves
 
 DOCUMENTS = sorted((ROOT / "docs").rglob("*.md"))
 WALKS = sorted((ROOT / "docs" / "walks").glob("*.md"))
@@ -72,6 +75,63 @@ def test_settings_page_is_what_the_classes_say() -> None:
     page = (ROOT / "docs" / "reference" / "config.md").read_text()
     classes = {daemon: find_class(f"{daemon}.config") for daemon in WITH_CONFIG}
     assert page == render(classes), "run `make docs`"
+
+
+def test_command_line_page_is_what_the_commands_say() -> None:
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert page == render_commands(), "run `make docs`"
+
+
+def first_column(page: str, heading: str) -> list[str]:
+    """The names in the first column of the table below a heading."""
+    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+
+
+def response_flags() -> set[str]:
+    """Every flag that the mesh's code gives to an error, a refusal or an ending."""
+    found = set()
+    for module in modules().values():
+        if module.name.startswith(("mesh.lab", "mesh.cli", "mesh.proto")):
+            continue
+        for node in ast.walk(module.tree):
+            value: ast.expr | None = None
+            if isinstance(node, ast.keyword) and node.arg == "flag":
+                value = node.value
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Refusal" and node.args:
+                value = node.args[0]
+            elif isinstance(node, ast.AnnAssign | ast.Assign):
+                targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+                if any(isinstance(each, ast.Name) and each.id == "flag" for each in targets):
+                    value = node.value
+            for inner in ast.walk(value) if value is not None else ():
+                if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                    found.add(inner.value)
+    return found
+
+
+def test_errors_page_has_every_flag_and_no_other() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    assert sorted(first_column(page, "Response flags")) == sorted(response_flags())
+
+
+def test_errors_page_has_every_exit_code_of_the_command_line() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    codes = {int(code) for code in first_column(page, "Exit codes of `ambit`")}
+    assert codes == {0, FAILED, USAGE, NOT_FOUND, UNREACHABLE, 130}
+
+
+def test_access_log_page_has_the_fields_in_their_order() -> None:
+    tree = modules()["ztunnel.record"].tree
+    function = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "access_fields"
+    )
+    written = next(node for node in ast.walk(function) if isinstance(node, ast.Dict))
+    names = [ast.literal_eval(key) for key in written.keys if key is not None]
+    page = (ROOT / "docs" / "reference" / "access-log.md").read_text()
+    assert first_column(page, "Fields") == ["time", "scope", *names]
 
 
 SECRETS = (

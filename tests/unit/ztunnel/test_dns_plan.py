@@ -9,7 +9,7 @@ import pytest
 from dnslib import EDNS0, QTYPE, RCODE, RR, A, DNSHeader, DNSQuestion, DNSRecord
 
 from mesh.errors import RemoteProtocolError
-from mesh.model.service import Service, Visibility
+from mesh.model.service import IpFamilies, Service, Visibility
 from mesh.model.store import Store
 from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload, WorkloadStatus
 from ztunnel.dns_plan import (
@@ -144,6 +144,27 @@ def test_families() -> None:
     assert answer(HEADLESS, "AAAA") == ({"fd00::5"}, "")
     # Known, but not in this family: an empty answer, not a forwarded question.
     assert answer("api.bank", "AAAA") == (set(), "")
+
+
+@pytest.mark.parametrize(
+    ("families", "kind", "expected"),
+    [
+        (IpFamilies.IPV4_ONLY, "A", {"10.0.0.5", "10.0.0.6"}),
+        (IpFamilies.IPV4_ONLY, "AAAA", set()),
+        (IpFamilies.IPV6_ONLY, "A", set()),
+        (IpFamilies.IPV6_ONLY, "AAAA", {"fd00::5"}),
+        (IpFamilies.DUAL, "AAAA", {"fd00::5"}),
+    ],
+)
+def test_a_headless_service_offers_its_families_only(
+    families: IpFamilies, kind: str, expected: set[str]
+) -> None:
+    # Its pods have both addresses, but who wrote it may listen on one only.
+    store = mesh()
+    store.apply_addresses([service(HEADLESS, ip_families=families)], [])
+    found = plan_answer(ask(HEADLESS, kind), CLIENT, store, NAMES, random.Random(1))
+    assert found is not None
+    assert set(found.addresses) == expected
 
 
 def test_vips_of_other_networks_are_not_given_out() -> None:

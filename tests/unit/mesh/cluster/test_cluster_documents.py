@@ -40,7 +40,9 @@ def test_only_true_and_false_are_booleans():
     [
         ("1", 1),
         ("-12", -12),
-        ("010", 10),
+        ("010", 8),
+        ("0400", 0o400),
+        ("08", 8),
         ("0x1F", 31),
         ("0o17", 15),
         ("1.5", 1.5),
@@ -50,7 +52,11 @@ def test_only_true_and_false_are_booleans():
         ("1_000", "1_000"),
         ("2024-01-01", "2024-01-01"),
         ("12:30:45", "12:30:45"),
-        ("True", "True"),
+        ("True", True),
+        ("FALSE", False),
+        ("Null", None),
+        ("tRUE", "tRUE"),
+        ("no", "no"),
         (".inf", ".inf"),
         ("null", None),
         ("", None),
@@ -85,6 +91,29 @@ def test_places_of_fields():
     # What is not written is found at what is: its closest ancestor.
     assert str(source.at("spec.containers[0].image")) == "f.yaml:11:5"
     assert str(source.at("spec.nodeName")) == "f.yaml:8:1"
+
+
+def test_lists_within_lists_are_taken_apart():
+    text = (
+        "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: ServiceAccountList\n"
+        "  items:\n  - metadata: {name: a}\n  - metadata: {name: b}\n"
+    )
+    found = read_documents(text.encode(), "f.yaml")
+    assert [(document.ref.kind, document.ref.name) for document in found] == [
+        ("ServiceAccount", "a"),
+        ("ServiceAccount", "b"),
+    ]
+    assert [document.source.line for document in found] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "namespace"),
+    [("Service", "x" * 64, "a"), ("Namespace", "a.b", ""), ("Pod", "a", "x" * 64)],
+)
+def test_names_that_dns_cannot_carry_are_refused(kind, name, namespace):
+    text = f"apiVersion: v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: '{namespace}'}}\n"
+    with pytest.raises(ConfigError, match="not a name"):
+        read_documents(text.encode(), "f.yaml")
 
 
 def test_lists_of_both_kinds_are_taken_apart():

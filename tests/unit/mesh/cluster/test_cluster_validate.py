@@ -92,6 +92,18 @@ def test_nothing_to_say_about_a_good_set():
             "selects nothing: no pod in 'shop' has app=wbe",
         ),
         (
+            "containers:\n",
+            "containers:\n      - ports: [{containerPort: 8080}]\n",
+            "f.yaml:17:7: Deployment shop/web: spec.template.spec.containers: port 8080/TCP is "
+            "declared twice: the containers of a pod share its address, so only one of them can "
+            "listen there",
+        ),
+        (
+            "{app: web}\n  ports",
+            "{app: web}\n  prots: []\n  ports",
+            "f.yaml:25:3: Service shop/web: spec.prots: unknown field: it is ignored",
+        ),
+        (
             "containerPort: 8080",
             "containerPort: x",
             "f.yaml:18:45: Deployment shop/web: "
@@ -155,3 +167,10 @@ metadata: {{name: istio-system}}
 def test_an_object_that_is_none():
     (finding,) = check([({"kind": "Pod"}, None)])
     assert str(finding) == "apiVersion: missing"
+
+
+def test_a_misspelt_field_names_what_it_may_have_meant():
+    documents = read_documents(GOOD.replace("  selector: {app", "  selectr: {app").encode(), "f")
+    (finding,) = check([(each.object, each.source) for each in documents])
+    assert finding.severity is Severity.WARNING
+    assert (finding.field, finding.hint) == ("spec.selectr", "did you mean selector?")

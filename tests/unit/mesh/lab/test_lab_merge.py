@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mesh.cluster.api import merge_patch
-from mesh.lab.merge import merge_patch_for
+from mesh.lab.merge import merge_patch_for, service_patch_for
 
 LABEL = "istio.io/dataplane-mode"
 
@@ -53,3 +53,28 @@ def test_no_difference_is_no_patch() -> None:
     spec = {"spec": {"ports": [{"port": 80}]}, **labels(a="1")}
     live = {**spec, "status": {"x": 1}}
     assert merge_patch_for(spec, spec, live) == {}
+
+
+@pytest.mark.parametrize(
+    ("last", "new", "spec"),
+    [
+        ({}, {}, {"clusterIP": "10.96.1.1", "clusterIPs": ["10.96.1.1"], "ipFamilies": ["IPv4"]}),
+        ({}, {"clusterIP": "None"}, {"clusterIP": "None"}),
+        ({}, {"ipFamilies": ["IPv6"]}, {"ipFamilies": ["IPv6"]}),
+        ({"clusterIP": "10.96.1.1"}, {}, {}),
+        ({}, {"type": "ExternalName"}, {"type": "ExternalName"}),
+    ],
+)
+def test_what_was_filled_in_for_a_service_goes_when_its_addressing_changes(
+    last: dict[str, Any], new: dict[str, Any], spec: dict[str, Any]
+) -> None:
+    filled = {"clusterIP": "10.96.1.1", "clusterIPs": ["10.96.1.1"], "ipFamilies": ["IPv4"]}
+    ports = {"ports": [{"port": 80}]}
+    patch = service_patch_for(
+        {"spec": {**ports, **last}}, {"spec": {**ports, **new}}, {"spec": {**ports, **filled}}
+    )
+    assert merge_patch({"spec": {**ports, **filled}}, patch) == {"spec": {**ports, **spec}}
+
+
+def test_a_spec_that_is_none_is_left_for_others_to_refuse() -> None:
+    assert service_patch_for({"spec": {"a": 1}}, {"spec": "x"}, {}) == {"spec": "x"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mesh.lab.proxy_rules import ruleset
 from mesh.lab.services import Endpoint, ServicePlan
 
@@ -26,6 +28,15 @@ def test_every_cluster_ip_and_port_has_its_ready_endpoints() -> None:
     assert "meta l4proto tcp dnat ip to 10.244.1.10:8080" in text
     assert "meta l4proto udp dnat ip6 to [fd00:10:244:1::a]:5353" in text
     assert "10.244.2.10" not in text
+
+
+def test_a_local_service_has_the_endpoints_of_the_node_only() -> None:
+    there = replace(READY, ips=("10.244.2.11",), node="node2")
+    here = replace(READY, node="node1")
+    text = ruleset([(replace(WEB, is_local=True), (here, there))], "node1")
+    assert "10.244.1.10" in text
+    assert "10.244.2.11" not in text
+    assert "10.244.2.11" in ruleset([(WEB, (here, there))], "node1")
 
 
 def test_only_a_pod_that_meets_itself_is_masqueraded() -> None:

@@ -8,9 +8,18 @@ import pytest
 import yaml
 
 from mesh.cluster.fields import Reader
+from mesh.cluster.objects import parse_endpoint_slice
 from mesh.errors import ConfigError
 from mesh.lab.podspec import PodSpec, parse_pod_spec
-from mesh.lab.services import Backend, ClusterIps, Endpoint, ServicePlan, endpoints_of, plan_service
+from mesh.lab.services import (
+    Backend,
+    ClusterIps,
+    Endpoint,
+    ServicePlan,
+    endpoints_of,
+    plan_service,
+    written_endpoints,
+)
 
 NOBODY = ClusterIps({})
 
@@ -160,3 +169,38 @@ def test_endpoints_are_the_selected_pods_of_the_namespace() -> None:
     published = endpoints_of(made(publishNotReadyAddresses=True), pods)
     assert [endpoint.is_ready for endpoint in published] == [True, True]
     assert endpoints_of(made(selector=None), pods) == ()
+
+
+def test_endpoints_that_a_slice_writes_down() -> None:
+    plan = plan_service(
+        service(ports=[{"name": "a", "port": 80}, {"name": "b", "port": 81}]), None, NOBODY
+    )[0]
+    written = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": "by-hand",
+            "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": "web"},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "a", "port": 8080}],
+        "endpoints": [
+            {"addresses": ["192.0.2.1"], "hostname": "one", "nodeName": "node1"},
+            {"addresses": ["192.0.2.2"], "conditions": {"ready": False}},
+            {"addresses": ["192.0.2.3"], "conditions": {"ready": True, "terminating": True}},
+        ],
+    }
+    found = written_endpoints(plan, [parse_endpoint_slice(written)])
+    assert [(e.ips, e.is_ready) for e in found] == [
+        (("192.0.2.1",), True),
+        (("192.0.2.2",), False),
+        (("192.0.2.3",), False),
+    ]
+    assert found[0] == Endpoint(
+        ("shop", "by-hand"), ("192.0.2.1",), {80: 8080}, True, "one", "web", "node1"
+    )
+    other = {**written, "metadata": {**written["metadata"], "labels": {}}}  # type: ignore[dict-item]
+    assert written_endpoints(plan, [parse_endpoint_slice(other)]) == ()
+    six = {**written, "addressType": "IPv6", "endpoints": [{"addresses": ["2001:db8::1"]}]}
+    assert written_endpoints(plan, [parse_endpoint_slice(six)]) == ()
