@@ -90,6 +90,7 @@ def read_path(path: str, into: Read) -> None:
         _read_file(path, into)
         return
     # A tree of its own for each directory: what stands twice is found later, over all paths.
+    before = len(into.objects)
     for event in FileTree(Path(path), is_patient=False).rescan().events:
         if isinstance(event, Put) and event.source is not None:
             into.objects.append((event.ref, event.object, event.source))
@@ -103,6 +104,9 @@ def read_path(path: str, into: Read) -> None:
                 into.objects += once_more.objects
             else:
                 into.faults.append(event.error)
+    # Of two that say the same, the later in order of files is the one too many.
+    inside = into.objects[before:]
+    into.objects[before:] = sorted(inside, key=lambda each: (each[2].file, each[2].line))
 
 
 def _read_file(path: str, into: Read) -> None:
