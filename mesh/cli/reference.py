@@ -33,7 +33,8 @@ def render() -> str:
 
 
 def _sections(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
-    context = click.Context(command, info_name=name, parent=parent)
+    # With the settings of `ambit`: click remembers the help option of the first context.
+    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
     yield _section(command, context)
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
