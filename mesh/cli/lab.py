@@ -34,7 +34,7 @@ def lab() -> None:
 @click.option(
     "--dir",
     "directory",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     default=Path(),
     show_default="here",
     help="Directory of ordinary Kubernetes YAML; it is watched.",
@@ -238,9 +238,13 @@ def print_status(shown: dict[str, Any], *, wide: bool) -> None:
     if any(pod.get("message") for pod in pods):
         columns.append(("MESSAGE", "message"))
     emit(pods, "table", columns=columns, rows=pods)
-    for fault in shown["faults"]:
-        place = ":".join(str(fault[key]) for key in ("file", "line", "column") if fault.get(key))
-        say(": ".join(part for part in (place, fault.get("field"), fault["message"]) if part))
+    for mark, found in (("", shown["faults"]), ("warning", shown["warnings"])):
+        for each in found:
+            place = ":".join(str(each[key]) for key in ("file", "line", "column") if each[key])
+            parts = (mark, place, each["object"], each["field"], each["message"])
+            say(": ".join(part for part in parts if part))
+            if each["hint"]:
+                say(f"hint: {each['hint']}")
     for note in shown["notes"]:
         say(note)
 

@@ -30,8 +30,9 @@ class NotFound(MeshError):
 
 
 def say(message: str) -> None:
-    """One line for a person, on stderr."""
-    click.echo(f"ambit: {message}", err=True)
+    """Lines for a person, on stderr."""
+    for line in message.splitlines():
+        click.echo(f"ambit: {line}", err=True)
 
 
 def fail(message: str, *, hint: str = "", code: int = FAILED) -> NoReturn:

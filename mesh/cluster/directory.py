@@ -268,6 +268,8 @@ class _Follower:
                 debounce=_DEBOUNCE_MS,
                 step=_STEP_MS,
                 stop_event=stop,
+                # Such a directory is a fault of its own; it must not cost the others their watch.
+                ignore_permission_denied=True,
             )
             async with trio.open_nursery() as nursery, aclosing(changes):
                 nursery.start_soon(_set_when_cancelled, stop)

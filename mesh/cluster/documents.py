@@ -133,7 +133,8 @@ def _parse_json(text: str, file: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as exc:
-        raise ConfigError(exc.msg, file=file, line=exc.lineno, column=exc.colno) from exc
+        message = f"not JSON: {exc.msg[:1].lower()}{exc.msg[1:]}"
+        raise ConfigError(message, file=file, line=exc.lineno, column=exc.colno) from exc
     except ConfigError as exc:
         raise ConfigError(exc.message, file=file) from exc
     except (ValueError, RecursionError) as exc:

@@ -150,7 +150,7 @@ class Reader:
         """This port number, 1 to 65535, as a number."""
         number = self.value
         if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 65536:
-            self.fail(f"not a port: {shown(number)}")
+            self.fail(f"not a port: {shown(number)}", hint="a number from 1 to 65535")
         return number
 
     def choice(self, known: Iterable[str], default: str = "") -> str:

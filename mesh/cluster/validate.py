@@ -32,6 +32,8 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
 }
 
+_COMPARE = "compare it with the labels of the pods, or of their template"
+
 
 class Severity(enum.Enum):
     """How bad a finding is."""
@@ -203,8 +205,7 @@ def _odd_services(checked: _Set) -> Iterator[_Remark]:
         if not selected:
             pairs = ", ".join(f"{key}={value}" for key, value in service.selector.items())
             message = f"selects nothing: no pod in {service.namespace!r} has {pairs}"
-            hint = "compare it with the labels of the pods, or of their template"
-            yield service.ref, "spec.selector", message, hint
+            yield service.ref, "spec.selector", message, _COMPARE
             continue
         for index, port in enumerate(service.ports):
             if isinstance(port.target, int):
@@ -259,4 +260,5 @@ def _idle_selector(
         return
     pairs = ", ".join(f"{key}={value}" for key, value in selector.items())
     where = "anywhere" if everywhere else f"in {ref.namespace!r}"
-    yield ref, "spec.selector.matchLabels", f"selects nothing: no pod {where} has {pairs}", ""
+    message = f"selects nothing: no pod {where} has {pairs}"
+    yield ref, "spec.selector.matchLabels", message, _COMPARE

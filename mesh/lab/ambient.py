@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -151,7 +152,7 @@ class Ambient:
                 f"{spec.name} runs, but was not ready within {START_SECONDS:.0f} s"
                 f"\n{daemon.last_words()}".rstrip(),
                 hint=f"it has to answer 200 to {spec.ready_path}; "
-                f"its command: {' '.join(spec.argv)}",
+                f"its command: {shlex.join(spec.argv)}",
             )
         state.ask_reroute()
 

@@ -173,8 +173,9 @@ class ContainerRunner:
                 nursery.cancel_scope.cancel()
         finally:
             state.is_ready = False
-        with trio.move_on_after(LAST_WORDS_SECONDS):
-            await self._said_all.wait()
+        if code != 0:
+            with trio.move_on_after(LAST_WORDS_SECONDS):
+                await self._said_all.wait()
         state.state, state.code, state.since = "terminated", code, wall_clock()
         state.reason = "Completed" if code == 0 else "Error"
         state.message = "" if code == 0 else self._explain(code)

@@ -135,7 +135,8 @@ class LabClient:
         nodes: [{name, ips, pod_cidrs, daemons: {netconfig|ztunnel: {state, pid, restarts}}}],
         control_plane: {ip, daemons: {istiod: …}}, pods: [{namespace, name, uid, node, phase, ready,
         ips, restarts, owner, enrolled, containers, message}], services: [{namespace, name,
-        cluster_ips, ports, endpoints}], faults: [{file, line, column, field, message, hint}],
+        cluster_ips, ports, endpoints}], faults, warnings:
+        [{file, line, column, object, field, message, hint}],
         notes: [text].
         """
         return _mapping(self._call({"verb": "status"}))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -133,7 +134,7 @@ class Daemon:
             raise Unavailable(
                 f"{self.spec.name} ended with code {code} before it was ready"
                 f"\n{self.last_words()}".rstrip(),
-                hint=f"its command: {' '.join(self.spec.argv)}",
+                hint=f"its command: {shlex.join(self.spec.argv)}",
             )
         return code
 

@@ -158,6 +158,7 @@ def start(
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        _await_end(reading)
         raise
     finally:
         os.close(reading)
@@ -235,6 +236,14 @@ def _await_report(
                 return dict(report["ready"])
             if progress is not None and "progress" in report:
                 progress(str(report["progress"]))
+
+
+def _await_end(reading: int, seconds: float = 5.0) -> None:
+    """Wait until the supervisor is gone too: then the lab's name is free again."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([reading], [], [], left)[0] and not os.read(reading, 1 << 16):
+            return
 
 
 def namespace_refusal(number: int) -> KernelError:

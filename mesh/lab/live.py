@@ -19,6 +19,7 @@ import trio
 from mesh.cluster.api import (
     SOURCE_ANNOTATION,
     Deleted,
+    Event,
     Fault,
     Object,
     Put,
@@ -254,10 +255,15 @@ def _prepared(obj: Object, ref: Ref, source: Source | None) -> Object:
 
 
 class UserFiles:
-    """The user's directory, applied to the live one as it changes."""
+    """The user's directory, applied to the live one as it changes.
+
+    `puts` are the objects as the files have them; `edited` is set when they changed.
+    """
 
     def __init__(self, path: Path, live: Live, say: Callable[[ConfigError], None]) -> None:
         self._cluster = DirectoryCluster(path)
+        self.puts: dict[Ref, Put] = {}
+        self.edited = trio.Event()
         self._live = live
         self._say = say
         self._faults: dict[str, ConfigError] = {}
@@ -276,6 +282,7 @@ class UserFiles:
             # Namespaces go first, or every pod would find its own missing.
             first: list[Put] | None = []
             async for event in events:
+                self._keep(event)
                 match event:
                     case Put() if first is not None:
                         first.append(event)
@@ -302,6 +309,16 @@ class UserFiles:
             self._faults.pop(str(put.ref), None)
         else:
             self._refused[put.ref] = put
+
+    def _keep(self, event: Event) -> None:
+        match event:
+            case Put(ref=ref):
+                self.puts[ref] = event
+            case Deleted(ref=ref):
+                self.puts.pop(ref, None)
+            case _:
+                return
+        self.edited.set()
 
     async def _retry(self, changed: Ref) -> None:
         """After a change of a Service: others may have been refused on its account."""

@@ -7,7 +7,10 @@ from typing import Any
 
 import trio
 
+from mesh.cluster.api import Source
+from mesh.cluster.validate import Finding, Severity, finding_of
 from mesh.lab import addresses
+from mesh.lab.checks import without
 from mesh.lab.kubelet import PodRunner
 from mesh.lab.routing import routes_of
 from mesh.lab.state import LabState
@@ -19,6 +22,7 @@ REDIRECTION = "ambient.istio.io/redirection"
 def status_of(state: LabState) -> dict[str, Any]:
     """The lab as data; `LabClient.status` describes it."""
     faults = [*state.file_faults(), *state.plan.faults]
+    found = without(faults, state.findings())
     return {
         "name": state.settings.name,
         "directory": str(state.settings.directory),
@@ -43,17 +47,24 @@ def status_of(state: LabState) -> dict[str, Any]:
             for service, endpoints in routes_of(state)
         ],
         "faults": [
-            {
-                "file": fault.file,
-                "line": fault.line,
-                "column": fault.column,
-                "field": fault.field,
-                "message": fault.message,
-                "hint": fault.hint,
-            }
-            for fault in faults
+            *(_complaint(finding_of(fault)) for fault in faults),
+            *(_complaint(each) for each in found if each.severity is Severity.ERROR),
         ],
+        "warnings": [_complaint(each) for each in found if each.severity is Severity.WARNING],
         "notes": sorted({*state.plan.notes, *state.live.notes}),
+    }
+
+
+def _complaint(finding: Finding) -> dict[str, Any]:
+    place = finding.source.at(finding.field) if finding.source else Source("")
+    return {
+        "file": place.file,
+        "line": place.line,
+        "column": place.column,
+        "object": str(finding.ref or ""),
+        "field": finding.field,
+        "message": finding.message,
+        "hint": finding.hint,
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from mesh.cluster.validate import Finding
 from mesh.errors import ConfigError
 from mesh.lab.daemons import Daemon
 from mesh.lab.kernel import Kernel
@@ -67,6 +68,7 @@ class LabState:
     zone: Zone = field(default_factory=lambda: Zone(DOMAIN))
     phase: str = "starting"
     file_faults: Callable[[], Sequence[ConfigError]] = tuple
+    findings: Callable[[], Sequence[Finding]] = tuple
     is_planned: bool = False
     is_routed: bool = False
     began: float = field(default_factory=trio.current_time)

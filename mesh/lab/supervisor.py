@@ -19,9 +19,10 @@ from typing import Any
 import trio
 
 from mesh.cluster.api import Ref
-from mesh.errors import MeshError
+from mesh.errors import ConfigError, MeshError
 from mesh.lab import dns, topology, workloads
 from mesh.lab.ambient import READY_SECONDS, ROOT_CERTIFICATE, Ambient, program_path
+from mesh.lab.checks import Checks
 from mesh.lab.kernel import Kernel
 from mesh.lab.kubelet import Host, PodRunner
 from mesh.lab.launch import LabSettings
@@ -98,6 +99,14 @@ class Supervisor:
         files = UserFiles(state.settings.directory, state.live, state.speaker.complain)
         state.file_faults = lambda: files.faults
         await services.start(files.follow)
+        if files.faults and not files.puts:
+            raise ConfigError(
+                "nothing to run: none of its files can be used",
+                file=str(state.settings.directory),
+                hint="mend what is named above",
+            )
+        checks = Checks(state, files)
+        state.findings = lambda: checks.found
         state.kernel.add_control_plane()
         # The nodes first, without any pod: what runs on them is the first plan's change.
         state.plan = Plan(nodes=self._make_plan().nodes)
@@ -113,13 +122,23 @@ class Supervisor:
         services.start_soon(Routing(state).run)
         if state.settings.mesh:
             await self._ambient.start(services, logs)
+        # The controller has long read all there is; the proxies came up after it.
+        await checks.look(waits=(0.0,))
+        services.start_soon(checks.run)
         with trio.move_on_after(READY_SECONDS) as waiting:
             await state.wait_settled()
         if waiting.cancelled_caught:
-            late = [f"{r.pod.namespace}/{r.pod.name}" for r in state.unready()]
-            state.speaker.say(
-                f"not ready after {READY_SECONDS:.0f} s: {', '.join(late) or 'the daemons'}"
-            )
+            self._tell_unready()
+
+    def _tell_unready(self) -> None:
+        said = f"not ready after {READY_SECONDS:.0f} s:"
+        late = list(self.state.unready())
+        if not late:
+            self.state.speaker.say(f"{said} the daemons\nhint: ambit lab status, ambit lab logs")
+        for runner in late:
+            name = f"{runner.pod.namespace}/{runner.pod.name}"
+            why = runner.summary()["message"] or runner.phase.lower()
+            self.state.speaker.say(f"{said} {name}: {why}\nhint: ambit lab logs {name}")
 
     async def _go_down(self) -> None:
         """Give programs a moment to end; the end of this process ends the rest."""

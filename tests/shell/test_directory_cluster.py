@@ -483,3 +483,13 @@ async def test_a_linked_directory_is_not_entered(tmp_path):
     async with watched(tmp_path) as watch:
         assert watch.ports() == {"a": 80}
         assert "a linked directory is not read" in str(watch.faults[0].error)
+
+
+async def test_thousands_of_files_are_read_and_one_edit_is_still_heard_soon(tmp_path):
+    for number in range(5000):
+        (tmp_path / f"{number}.yaml").write_text(service(f"s{number}"))
+    async with watched(tmp_path) as watch:
+        assert len(watch.objects) == 5000
+        with trio.fail_after(2):
+            (tmp_path / "77.yaml").write_text(service("s77", 81))
+            await watch.until(lambda each: each.ports()["s77"] == 81)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -54,10 +54,19 @@ def eventually(check: Callable[[], T], *, seconds: float = 15.0) -> T:
 
 
 @contextlib.contextmanager
-def running_lab(directory: Path, *arguments: str, name: str = "") -> Iterator[TestLab]:
-    """`ambit lab up` over `directory`, ready; ended on the way out, by force if need be."""
+def running_lab(
+    directory: Path,
+    *arguments: str,
+    name: str = "",
+    under: Sequence[str] = (),
+    settled: bool = True,
+) -> Iterator[TestLab]:
+    """`ambit lab up` over `directory`, ready; ended on the way out, by force if need be.
+
+    `under` is a command to run it by; `settled=False` does not wait for daemons and pods.
+    """
     name = name or f"test-{os.getpid()}-{directory.name[-8:].strip('_-').lower()}"
-    command = [sys.executable, "-m", "mesh.cli", "lab", "up", "--name", name]
+    command = [*under, sys.executable, "-m", "mesh.cli", "lab", "up", "--name", name]
     command += ["--dir", str(directory), *arguments]
     with tempfile.NamedTemporaryFile(prefix="ambit-test-lab-") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -70,7 +79,8 @@ def running_lab(directory: Path, *arguments: str, name: str = "") -> Iterator[Te
 
             eventually(up, seconds=30)
             lab = TestLab(client, process, directory, Path(log.name))
-            client.wait_ready(90)
+            if settled:
+                client.wait_ready(90)
             yield lab
         finally:
             if process.poll() is None:

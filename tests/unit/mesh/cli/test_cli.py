@@ -95,7 +95,7 @@ def test_replacements() -> None:
     }
     assert lab.parse_replacements(("istiod_lite=x",), ()) == {"istiod": ("x",)}
     assert lab.parse_replacements(("netconfig=x",), ()) == {"netconfig": ("x",)}
-    for bad in ("ztunnel", "ztunnel=", "envoy=x"):
+    for bad in ("ztunnel", "ztunnel=", "envoy=x", "ztunnel='open"):
         with pytest.raises(ConfigError, match=bad):
             lab.parse_replacements((bad,), ())
     with pytest.raises(ConfigError, match="--on"):

@@ -194,8 +194,8 @@ def test_refused_yaml(text, says):
         ('{"a": NaN}', "f.json: NaN is not JSON"),
         ("[" * 100_000, "f.json: numbers too long or nesting too deep"),
         ('{"a": 1' + "0" * 5000 + "}", "f.json: numbers too long"),
-        ('{"a"', "f.json:1:5: Expecting"),
-        ("{} {}", "f.json:1:4: Extra data"),
+        ('{"a"', "f.json:1:5: not JSON: expecting"),
+        ("{} {}", "f.json:1:4: not JSON: extra data"),
     ],
 )
 def test_refused_json(text, says):
