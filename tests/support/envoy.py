@@ -13,6 +13,7 @@ from pathlib import Path
 
 import trio
 
+LOOPBACK = "127.0.0.1"
 _TYPE = "type.googleapis.com/envoy.extensions"
 
 
@@ -49,18 +50,20 @@ def _tls(directory: Path, name: str) -> str:
     )
 
 
-def _address(port: int) -> str:
-    return f"{{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}"
+def _address(port: int, host: str = LOOPBACK) -> str:
+    return f"{{socket_address: {{address: {host}, port_value: {port}}}}}"
 
 
-def _endpoint(name: str, port: int) -> str:
+def _endpoint(name: str, port: int, host: str = LOOPBACK) -> str:
     return (
         f"{{cluster_name: {name}, endpoints: "
-        f"[{{lb_endpoints: [{{endpoint: {{address: {_address(port)}}}}}]}}]}}"
+        f"[{{lb_endpoints: [{{endpoint: {{address: {_address(port, host)}}}}}]}}]}}"
     )
 
 
-def tunnelling_client(directory: Path, name: str, listen: int, peer: int, authority: str) -> str:
+def tunnelling_client(
+    directory: Path, name: str, listen: int, peer: int, authority: str, peer_host: str = LOOPBACK
+) -> str:
     """TCP on `listen` goes through CONNECT `authority` to HBONE on `peer`."""
     return f"""
 static_resources:
@@ -86,7 +89,7 @@ static_resources:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": {_TYPE}.upstreams.http.v3.HttpProtocolOptions
         explicit_http_config: {{http2_protocol_options: {{}}}}
-    load_assignment: {_endpoint("peer", peer)}
+    load_assignment: {_endpoint("peer", peer, peer_host)}
     transport_socket:
       name: envoy.transport_sockets.tls
       typed_config:
@@ -95,13 +98,15 @@ static_resources:
 """
 
 
-def terminating_server(directory: Path, name: str, listen: int, destination: int) -> str:
+def terminating_server(
+    directory: Path, name: str, listen: int, destination: int, listen_host: str = LOOPBACK
+) -> str:
     """HBONE on `listen`; every CONNECT leads to TCP `destination`."""
     return f"""
 static_resources:
   listeners:
   - name: hbone
-    address: {_address(listen)}
+    address: {_address(listen, listen_host)}
     filter_chains:
     - transport_socket:
         name: envoy.transport_sockets.tls
