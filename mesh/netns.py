@@ -12,7 +12,6 @@ import ctypes
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
 
 from mesh.errors import KernelError
 
@@ -114,22 +113,33 @@ class _Home:
         self._close(self.fd)
 
 
-@contextlib.contextmanager
-def inside(fd: int) -> Iterator[None]:
+class _Inside:
+    """What `inside` gives: no generator, because every connection that is dialled enters."""
+
+    __slots__ = ("_fd", "_home_fd")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> None:
+        home: _Home | None = getattr(_home, "home", None)
+        if home is None:
+            home = _home.home = _Home(current())
+        self._home_fd = home.fd
+        enter(self._fd)
+
+    def __exit__(self, *_exc: object) -> None:
+        try:
+            enter(self._home_fd)
+        except BaseException:
+            os.write(2, b"fatal: cannot return to the home network namespace\n")
+            os._exit(EX_SOFTWARE)
+
+
+def inside(fd: int) -> contextlib.AbstractContextManager[None]:
     """Run the body in namespace `fd`. Synchronous bodies only.
 
     Raises KernelError when the namespace cannot be entered. If the way back fails the
     process ends at once: a thread lost in a pod's namespace must not go on.
     """
-    home: _Home | None = getattr(_home, "home", None)
-    if home is None:
-        home = _home.home = _Home(current())
-    enter(fd)
-    try:
-        yield
-    finally:
-        try:
-            enter(home.fd)
-        except BaseException:
-            os.write(2, b"fatal: cannot return to the home network namespace\n")
-            os._exit(EX_SOFTWARE)
+    return _Inside(fd)

@@ -2,12 +2,16 @@
 
 trio owns everything that decides (accept, dial, handshake, timers, lifetime); this loop
 owns the moving of bytes, because a trio task per socket costs more than all our
-decisions. It is hosted "nested": one trio task waits for the epoll descriptor itself and
-then polls in a loop, yielding to the other tasks every few milliseconds.
+decisions. Under `SharedClock` the two share one wait: when trio has nothing to do it asks its
+clock how long to sleep, and the reactor turns in that time, with trio's own epoll object among
+its descriptors, until trio has something to do again. An event then costs one epoll_wait and
+its callback. Under another clock one trio task waits for our epoll object and polls it in a
+loop, yielding to the other tasks every few milliseconds: the same, at twice the price.
 
-Callbacks are level-triggered, run inside the reactor's trio task, never await and never
-raise for what a peer did. They may be called once too often (a descriptor number can be
-reused within one turn), so they read and write without blocking and tolerate "not ready".
+Callbacks are level-triggered, run in trio's thread, never await and never raise for what a peer
+did. They may wake tasks and start them, but must not move a deadline without doing so. They
+may be called once too often (a descriptor number can be reused within one turn), so they read
+and write without blocking and tolerate "not ready".
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import trio
@@ -26,6 +30,29 @@ WRITABLE = select.EPOLLOUT
 
 _EVENTS_PER_POLL = 256
 _YIELD_SECONDS = 0.002
+_LONGEST_WAIT = 3600.0
+
+
+class SharedClock(trio.abc.Clock):
+    """trio's clock (monotonic seconds), for `trio.run(..., clock=SharedClock())`: a Reactor turns
+    whenever trio would sleep.
+    """
+
+    def __init__(self) -> None:
+        self.idle: Callable[[float], float] | None = None
+        """Called with the next deadline instead of sleeping; how long trio is to sleep then."""
+
+    def start_clock(self) -> None:
+        """It always runs."""
+
+    def current_time(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        """How long trio may sleep; asked each time that it has nothing to do."""
+        idle = self.idle
+        return deadline - time.monotonic() if idle is None else idle(deadline)
 
 
 class Handler(Protocol):
@@ -165,6 +192,42 @@ class Reactor:
 
     async def run(self) -> None:
         """Turn until cancelled. If cancelled: handlers stay open, their owners close them."""
+        clock = trio.lowlevel.current_clock()
+        if isinstance(clock, SharedClock) and clock.idle is None:
+            fd = await _find_trio(self._alarm, self._epoll.fileno())
+            if fd is not None:
+                await self._run_shared(clock, fd)
+        await self._run_nested()
+
+    async def _run_shared(self, clock: SharedClock, trio_fd: int) -> None:
+        guest = _Guest(self)
+        self.add(trio_fd, guest)
+        self._waiting = False  # no alarm: we turn before anything sleeps
+        trio.lowlevel.add_instrument(guest)
+        clock.idle = guest.idle
+        try:
+            await trio.sleep_forever()
+        finally:
+            clock.idle = None
+            trio.lowlevel.remove_instrument(guest)
+            self.remove(trio_fd)
+            self._waiting = True
+
+    def turn_until(self, deadline: float, is_over: Callable[[], bool]) -> None:
+        """Turn, sleeping in between, until the deadline (monotonic) or until `is_over()`."""
+        poll, clock = self._epoll.poll, time.monotonic
+        if self._deferred:
+            self._turn(())
+        while not is_over() and (left := deadline - clock()) > 0:
+            self._turn(poll(min(left, _LONGEST_WAIT), _EVENTS_PER_POLL))
+
+    def turn_once(self) -> None:
+        """Handle what is there, without sleeping."""
+        ready = self._epoll.poll(0, _EVENTS_PER_POLL)
+        if ready or self._deferred:
+            self._turn(ready)
+
+    async def _run_nested(self) -> None:
         poll = self._epoll.poll
         epoll_fd = self._epoll.fileno()
         clock = time.monotonic
@@ -181,7 +244,7 @@ class Reactor:
             finally:
                 self._waiting = True
 
-    def _turn(self, ready: list[tuple[int, int]]) -> None:
+    def _turn(self, ready: Sequence[tuple[int, int]]) -> None:
         handlers = self._handlers
         for fd, events in ready:
             handler = handlers.get(fd)
@@ -211,3 +274,58 @@ class Reactor:
             self._on_bug(second, failed)
         if fd is not None and self._handlers.get(fd) is failed:
             self.remove(fd)
+
+
+class _Guest(trio.abc.Instrument):
+    """trio as one of the reactor's descriptors: readable when trio's own waits have ended."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._is_wanted = False
+        self._has_idled = False
+
+    def idle(self, deadline: float) -> float:
+        """Turn the reactor until trio has something to do. trio is not to sleep after it."""
+        self._has_idled = True
+        self._is_wanted = False
+        self._reactor.turn_until(deadline, lambda: self._is_wanted)
+        return 0.0
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        """A callback woke a task, or started one."""
+        self._is_wanted = True
+
+    def before_io_wait(self, timeout: float) -> None:
+        """trio is about to look at its descriptors: it goes on without having idled."""
+        if self._has_idled:
+            self._has_idled = False
+        else:
+            self._reactor.turn_once()
+
+    def on_readable(self) -> None:
+        """One of trio's descriptors is ready."""
+        self._is_wanted = True
+
+    def on_writable(self) -> None:
+        """Never asked for."""
+
+    def on_failed(self, error: Exception) -> None:
+        """Nothing here fails."""
+
+
+async def _find_trio(alarm: _Alarm, ours: int) -> int | None:
+    """trio's epoll object: the one besides `ours` that watches the alarm when trio waits for it.
+    None when there is no such thing.
+    """
+    alarm.ring()
+    await trio.lowlevel.wait_readable(alarm.fd)
+    return next((fd for fd in _watchers(alarm.fd) if fd != ours), None)
+
+
+def _watchers(watched: int) -> Iterator[int]:
+    """The epoll objects of this process that have `watched` among their descriptors."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fdinfo"):
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/self/fdinfo/{name}") as info:
+                if any(line.split()[:2] == ["tfd:", str(watched)] for line in info):
+                    yield int(name)

@@ -77,12 +77,16 @@ def _kernel(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise KernelError(
-            f"{what}: {exc.strerror or exc}",
-            errno=exc.errno or 0,
-            command=what,
-            hint=_HINTS.get(exc.errno or 0, ""),
-        ) from exc
+        raise _failed(what, exc) from exc
+
+
+def _failed(what: str, exc: OSError) -> KernelError:
+    return KernelError(
+        f"{what}: {exc.strerror or exc}",
+        errno=exc.errno or 0,
+        command=what,
+        hint=_HINTS.get(exc.errno or 0, ""),
+    )
 
 
 def _family(ip: str) -> socket.AddressFamily:
@@ -93,11 +97,13 @@ def open_socket(
     family: int, kind: int = socket.SOCK_STREAM, *, namespace: int | None = None
 ) -> socket.socket:
     """A non-blocking socket born in `namespace`. Raises KernelError."""
-    with _kernel("socket"):
+    try:
         if namespace is None:
             return socket.socket(family, kind | socket.SOCK_NONBLOCK)
         with netns.inside(namespace):
             return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+    except OSError as exc:
+        raise _failed("socket", exc) from exc
 
 
 def open_listener(
@@ -132,7 +138,7 @@ def open_listener(
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if shares_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _set_inherited(listener)
             if mark:
                 listener.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
             if listener.family == socket.AF_INET6:
@@ -165,6 +171,8 @@ def adopt_listener(fd: int, port: int, *, namespace: int) -> socket.socket:
             )
             if found.family not in _INTERNET or not serves or found.getsockname()[1] != port:
                 raise KernelError(f"what was handed over does not serve port {port}")
+            if found.type == socket.SOCK_STREAM:
+                _set_inherited(found)
             found.setblocking(False)
     except BaseException:
         found.close()
@@ -207,25 +215,34 @@ def open_outgoing(
     With `source` the socket is bound to that foreign address (IP_TRANSPARENT), so the
     callee sees it as the peer. Raises KernelError.
     """
+    is_v6 = ":" in destination
     outgoing = open_socket(_family(destination), namespace=namespace)
     try:
-        with _kernel(f"outgoing socket to {destination}"):
-            outgoing.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            set_keepalive(outgoing)
-            if mark:
-                outgoing.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
-            if source is not None:
-                if outgoing.family == socket.AF_INET6:
-                    outgoing.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
-                else:
-                    outgoing.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
-                # A plain bind, not IP_BIND_ADDRESS_NO_PORT: bind picks odd ports, connect even
-                # ones, so this cannot take the port of the client's own live connection.
-                outgoing.bind((source, 0))
+        outgoing.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_keepalive(outgoing)
+        if mark:
+            outgoing.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+        if source is not None:
+            if is_v6:
+                outgoing.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
+            else:
+                outgoing.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
+            # A plain bind, not IP_BIND_ADDRESS_NO_PORT: bind picks odd ports, connect even
+            # ones, so this cannot take the port of the client's own live connection.
+            outgoing.bind((source, 0))
+    except OSError as exc:
+        outgoing.close()
+        raise _failed(f"outgoing socket to {destination}", exc) from exc
     except BaseException:
         outgoing.close()
         raise
     return outgoing
+
+
+def _set_inherited(listener: socket.socket) -> None:
+    """What every connection shall have; the kernel gives it to those that are accepted."""
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_keepalive(listener)
 
 
 def set_keepalive(sock: socket.socket) -> None:
@@ -268,11 +285,15 @@ def is_loopback(ip: str) -> bool:
 
 def reset_on_close(sock: socket.socket) -> None:
     """Make close() send RST: what a peer must see when a stream was cut, not ended."""
-    with contextlib.suppress(OSError):
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    except OSError:
+        return
 
 
 def end_on_close(sock: socket.socket) -> None:
     """Make close() an orderly end again."""
-    with contextlib.suppress(OSError):
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_OFF)
+    except OSError:
+        return

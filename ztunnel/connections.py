@@ -56,8 +56,9 @@ class Tracked:
 
     def unlimit(self) -> None:
         """It was over in time."""
-        self._late = None
-        self.scope.deadline = float("inf")
+        if self._late is not None:
+            self._late = None
+            self.scope.deadline = float("inf")
 
     @property
     def ended_by(self) -> Refusal | None:
@@ -128,7 +129,7 @@ class Connections:
         self._policies_changed = False
         self._changed_workloads: set[str] = set()
         self._wake = trio.Event()
-        self._changed = trio.Event()
+        self._changed: trio.Event | None = None
 
     def __iter__(self) -> Iterator[Tracked]:
         return iter(tuple(self._open))
@@ -214,6 +215,8 @@ class Connections:
     async def wait_empty(self, pod_uid: str | None = None) -> None:
         """Until no connection (of a pod) is open. If cancelled: nothing is changed."""
         while any(pod_uid in (None, each.pod_uid) for each in self._open):
+            if self._changed is None:
+                self._changed = trio.Event()
             await self._changed.wait()
 
     async def _rejudge(self) -> None:
@@ -256,5 +259,6 @@ class Connections:
             to_tunnel, from_tunnel = record.counters()
             ending = Ending(ending.flag, ending.error, ending.hint, to_tunnel, from_tunnel)
         self._journal.finished(record, ending, trio.current_time())
-        event, self._changed = self._changed, trio.Event()
-        event.set()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None

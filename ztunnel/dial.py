@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 import trio
 
@@ -19,12 +20,17 @@ _HINTS = {
 
 
 async def dial(
-    namespace: int, destination: SocketAddress, *, source: str | None = None
+    namespace: int,
+    destination: SocketAddress,
+    *,
+    source: str | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> socket.socket:
     """Connect to `destination` from network namespace `namespace`, optionally from a foreign
     `source` address. The socket is non-blocking and carries the proxy's mark.
 
-    Raises Unavailable. The caller's cancel scope is the timeout. If cancelled: closed.
+    Raises Unavailable. The caller's cancel scope is the timeout; `on_wait` is called before
+    the first wait, when there is one. If cancelled: closed.
     """
     try:
         sock = open_outgoing(destination.ip, namespace=namespace, source=source)
@@ -33,6 +39,8 @@ async def dial(
     try:
         error = sock.connect_ex(tuple(destination))
         if error == errno.EINPROGRESS and not _is_connected(sock):
+            if on_wait is not None:
+                on_wait()
             await trio.lowlevel.wait_writable(sock)
         if error == errno.EINPROGRESS:
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -49,7 +49,6 @@ async def serve_plaintext(proxy: PodProxy, sock: socket.socket) -> None:
     record = proxy.new_record("inbound")
     try:
         source = _peer(record, sock)
-        sockets.set_keepalive(sock)
         destination = sockets.original_destination(sock)
         record.original_destination = record.destination_address = str(destination)
         workload = await proxy.wait_workload()
@@ -183,7 +182,7 @@ async def _relay_tunnel(
             cut_by_policy = tracked.cut is not None
             tunnel.refuse(_STATUS_DENIED if cut_by_policy else _STATUS_UNAVAILABLE)
     tunnel.respond(baggage=baggage_of(workload))
-    tunnel.relay(upstream)
+    tunnel.relay(upstream, has_spoken=False)
     proxy.node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
     return await tunnel.wait_closed()
 
@@ -207,10 +206,13 @@ def _judge(
 
 async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked) -> socket.socket:
     config = proxy.node.config
-    late = Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
-    tracked.limit(config.connect_timeout_seconds, late)
+
+    def limit() -> None:
+        late = Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
+        tracked.limit(config.connect_timeout_seconds, late)
+
     source = plan.spoofed_source if config.keeps_source_address else None
-    upstream = await dial(proxy.namespace, plan.upstream, source=source)
+    upstream = await dial(proxy.namespace, plan.upstream, source=source, on_wait=limit)
     tracked.unlimit()
     return upstream
 

@@ -247,7 +247,10 @@ class PodProxy:
         while True:
             await trio.lowlevel.wait_readable(listener)
             for _ in range(_ACCEPTS_PER_TURN):
-                await slots.acquire()
+                try:
+                    slots.acquire_nowait()
+                except trio.WouldBlock:
+                    await slots.acquire()
                 try:
                     sock, _ = listener.accept()
                 except OSError as exc:

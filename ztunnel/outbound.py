@@ -58,7 +58,6 @@ def _addresses(record: Record, sock: socket.socket) -> SocketAddress:
     """Note who dialled whom; the original destination. Raises Unavailable when it is gone."""
     try:
         record.source_address = str(sockets.from_sockaddr(sock.getpeername()))
-        sockets.set_keepalive(sock)
     except OSError as exc:
         raise Unavailable(f"the application left: {exc.strerror}") from exc
     destination = sockets.original_destination(sock)

@@ -18,6 +18,7 @@ from mesh.model.workload import Workload
 from mesh.runtime.metrics import UNKNOWN, TcpLabels, tcp_directions
 
 Direction = Literal["inbound", "outbound"]
+_MAX_KNOWN_LABELS = 256
 
 
 class AccessSink(Protocol):
@@ -180,7 +181,31 @@ def _namespace(workload: Workload | None, identity: SpiffeId | None) -> str:
     return identity.namespace if identity is not None else ""
 
 
+_Parts = tuple[Workload | None, Workload | None, Service | None]
+_known_labels: dict[tuple[object, ...], tuple[_Parts, TcpLabels]] = {}
+
+
 def _labels(record: Record) -> TcpLabels:
+    # The same few for thousands of connections. By identity, because hashing a workload costs
+    # more than its labels do; the entry keeps the objects, so that the ids stay theirs.
+    parts = (record.source, record.destination, record.service)
+    key = (
+        record.direction,
+        record.is_mutual_tls,
+        *map(id, parts),
+        record.source_identity,
+        record.destination_identity,
+        record.peer_baggage,
+    )
+    known = _known_labels.get(key)
+    if known is None:
+        if len(_known_labels) >= _MAX_KNOWN_LABELS:
+            _known_labels.clear()
+        known = _known_labels[key] = (parts, _make_labels(record))
+    return known[1]
+
+
+def _make_labels(record: Record) -> TcpLabels:
     service = record.service
     security = "mutual_tls" if record.is_mutual_tls else UNKNOWN
     source = _party(record.source, record.source_identity, record.peer_baggage)

@@ -7,6 +7,7 @@ A head is a list of HTTP/2 header pairs (bytes); the HTTP/2 block coding is not 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 _FORWARDED_PART = re.compile(r'\s*([A-Za-z]+)=(?:"([^"\\]*)"|([^\s";,]*))\s*')
 _WORKLOAD_KINDS: Final = ("deployment", "cronjob", "pod", "job")
 _KNOWN: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
+_NOT_TOLD: Final = [""]
+_REMEMBERED_BAGGAGE: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class ConnectResponse:
     extra: tuple[tuple[str, str], ...] = ()
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_authority(text: str) -> Authority:
     """Read `IP:port`, `[v6]:port` or `hostname:port`.
 
@@ -122,6 +126,7 @@ def parse_authority(text: str) -> Authority:
     return Authority(str(address), port, is_ip=True)
 
 
+@functools.lru_cache(maxsize=1024)
 def encode_baggage(baggage: Baggage) -> str:
     """Members in Istio's order, empty ones omitted; text that would break the list, too."""
     kind = baggage.workload_type if baggage.workload_type in _WORKLOAD_KINDS else "pod"
@@ -141,6 +146,13 @@ def parse_baggage(headers: Iterable[str]) -> Baggage:
     """Read one or more `baggage` headers: the last of equal keys wins, nothing is trimmed or
     decoded, unknown and oversized members are skipped.
     """
+    texts = tuple(headers)
+    if sum(map(len, texts)) <= _REMEMBERED_BAGGAGE:
+        return _parse_known_baggage(texts)
+    return _parse_baggage(texts)
+
+
+def _parse_baggage(headers: Iterable[str]) -> Baggage:
     fields: dict[str, str] = {}
     budget = MAX_BAGGAGE
     for header in headers:
@@ -166,6 +178,10 @@ def parse_baggage(headers: Iterable[str]) -> Baggage:
         region=fields.get("cloud.region", ""),
         zone=fields.get("cloud.availability_zone", ""),
     )
+
+
+# A peer says the same of itself with every tunnel.
+_parse_known_baggage = functools.lru_cache(maxsize=512)(_parse_baggage)
 
 
 def encode_forwarded(forwarded: Forwarded) -> str:
@@ -211,26 +227,28 @@ def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
     The authority is checked here, and kept in its canonical form.
     """
     pseudo: dict[bytes, bytes] = {}
-    regular: list[Pair] = []
+    known: dict[bytes, list[str]] = {}
+    extra: list[Pair] = []
     for name, value in pairs:
-        if name[:1] == b":":
+        if name in _KNOWN:
+            known.setdefault(name, []).append(value.decode("latin-1"))
+        elif name[:1] == b":":
             pseudo[name] = value
         else:
-            regular.append((name, value))
+            extra.append((name, value))
     if pseudo.get(b":method") != b"CONNECT":
         raise RemoteProtocolError("only CONNECT is served here")
     if pseudo.keys() != {b":method", b":authority"}:
         raise RemoteProtocolError("a CONNECT has :method and :authority and nothing else")
     authority = parse_authority(pseudo[b":authority"].decode("latin-1"))
-    known = _texts(regular)
     forwarded = known.get(b"forwarded")
-    trace = known.get(b"traceparent", [""])[0]
+    trace = known.get(b"traceparent", _NOT_TOLD)[0]
     return ConnectHead(
         str(authority),
         baggage=parse_baggage(known[b"baggage"]) if b"baggage" in known else None,
         forwarded=parse_forwarded(forwarded[0]) if forwarded else None,
         traceparent=trace if _TRACEPARENT.fullmatch(trace) else "",
-        extra=_extra(regular),
+        extra=_extra(extra),
     )
 
 
@@ -245,22 +263,24 @@ def encode_response(response: ConnectResponse) -> list[Pair]:
 
 def parse_response(pairs: Iterable[Pair]) -> ConnectResponse:
     """Read an answer. Raises RemoteProtocolError."""
-    regular: list[Pair] = []
+    known: dict[bytes, list[str]] = {}
+    extra: list[Pair] = []
     status = b""
     for name, value in pairs:
         if name == b":status":
             status = value
+        elif name in _KNOWN:
+            known.setdefault(name, []).append(value.decode("latin-1"))
         elif name[:1] == b":":
             raise RemoteProtocolError(f"unexpected {name[:40]!r} in a response")
         else:
-            regular.append((name, value))
+            extra.append((name, value))
     if len(status) != 3 or not status.isdigit():
         raise RemoteProtocolError(f"not a status: {status[:40]!r}")
-    known = _texts(regular)
     return ConnectResponse(
         int(status),
         baggage=parse_baggage(known[b"baggage"]) if b"baggage" in known else None,
-        extra=_extra(regular),
+        extra=_extra(extra),
     )
 
 
@@ -268,14 +288,6 @@ def _is_plain(value: str) -> bool:
     return value.isascii() and value.isprintable() and "," not in value and " " not in value
 
 
-def _texts(regular: Iterable[Pair]) -> dict[bytes, list[str]]:
-    known: dict[bytes, list[str]] = {}
-    for name, value in regular:
-        if name in _KNOWN:
-            known.setdefault(name, []).append(value.decode("latin-1"))
-    return known
-
-
-def _extra(regular: Iterable[Pair]) -> tuple[tuple[str, str], ...]:
-    kept = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in regular if n not in _KNOWN]
+def _extra(pairs: Iterable[Pair]) -> tuple[tuple[str, str], ...]:
+    kept = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs]
     return tuple(kept[:MAX_EXTRA_HEADERS])

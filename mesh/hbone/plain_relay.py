@@ -137,6 +137,8 @@ class PlainRelay:
 
     def __init__(self, reactor: Reactor, a: socket.socket, b: socket.socket) -> None:
         self.reactor = reactor
+        self.is_closed = False
+        """Whether both sockets are closed."""
         self._error: str | None = None
         self._closed = trio.Event()
         self._a, self._b = _Half(self, a), _Half(self, b)
@@ -156,11 +158,6 @@ class PlainRelay:
         """Bytes read from `b` so far."""
         return self._b.count
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether both sockets are closed."""
-        return self._closed.is_set()
-
     def reset(self, reason: str = "cut") -> None:
         """Cut both sides now: both peers see RST. Idempotent."""
         self.finish(reason)
@@ -170,6 +167,7 @@ class PlainRelay:
         if self.is_closed:
             return
         self._error = error
+        self.is_closed = True
         self._closed.set()
         for half in (self._a, self._b):
             self.reactor.remove(half.fd)

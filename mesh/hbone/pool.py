@@ -134,7 +134,9 @@ class Pool:
         while True:
             if self._is_closed:
                 raise Unavailable("the connection pool is closed", flag="DRAINING")
-            group = self._groups.setdefault(key, _Group())
+            group = self._groups.get(key)
+            if group is None:
+                group = self._groups[key] = _Group()
             connection = self._pick(group)
             if connection is not None:
                 return connection
@@ -177,6 +179,9 @@ class Pool:
         pooled = group.connections
         if not pooled:
             return None
+        first = pooled[0]
+        if first.is_usable and first.tunnel_count + 1 < min(self._max_streams, first.max_tunnels):
+            return first  # as `assign` would say, for the common case
         choice = assign(
             [Candidate(c.is_usable, c.tunnel_count, c.max_tunnels) for c in pooled],
             self._max_streams,

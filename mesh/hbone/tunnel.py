@@ -36,7 +36,8 @@ class Tunnel:
     """Made by `TunnelConnection.open_tunnel` (client) or given to `on_tunnel` (server).
 
     `sent` and `received` are live byte counters (application bytes into and out of the
-    tunnel); `head` is the CONNECT that opened it.
+    tunnel); `head` is the CONNECT that opened it; `is_closed` says that both directions have
+    ended.
     """
 
     __slots__ = (
@@ -51,6 +52,7 @@ class Tunnel:
         "_stream",
         "connection",
         "head",
+        "is_closed",
         "received",
         "sent",
     )
@@ -62,6 +64,7 @@ class Tunnel:
         self.head = head
         self.sent = 0
         self.received = 0
+        self.is_closed = False
         self._sink: Sink | None = None
         self._early = bytearray()
         self._early_end = False
@@ -109,11 +112,12 @@ class Tunnel:
         self.connection.touch()
         self.finish(f"refused with {status}")
 
-    def relay(self, sock: socket.socket) -> None:
+    def relay(self, sock: socket.socket, *, has_spoken: bool = True) -> None:
         """Start the fast path between `sock` and the tunnel.
 
         `sock` is connected and non-blocking; it belongs to the relay from here on and is
-        closed by it, also when the tunnel is already gone.
+        closed by it, also when the tunnel is already gone. `has_spoken` says that something is
+        probably there to be read.
         """
         if self.is_closed:
             reset_on_close(sock)
@@ -121,7 +125,8 @@ class Tunnel:
             return
         end = SocketEnd(self, sock, self.connection.reactor)
         self.attach(end)
-        end.on_readable()
+        if has_spoken:
+            end.on_readable()
 
     def attach(self, sink: Sink) -> None:
         """Use `sink` as the local end; what waits is delivered at once."""
@@ -146,11 +151,6 @@ class Tunnel:
         self.connection.core.reset(self._stream, code)
         self.connection.touch()
         self._cut(code, reason)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether both directions have ended."""
-        return self._closed.is_set()
 
     async def wait_closed(self) -> RelayResult:
         """Wait for the end of both directions. If cancelled: reset()."""
@@ -217,6 +217,7 @@ class Tunnel:
         if self.is_closed:
             return
         self._error = error
+        self.is_closed = True
         self._closed.set()
         self._answered.set()
         self.connection.unpark(self)

@@ -40,6 +40,8 @@ class Wire(ABC):
         """Why the connection ended abnormally; None while open or after an orderly end."""
         self.is_blocked = False
         """Whether the TLS connection takes no more bytes now."""
+        self.is_closed = False
+        """Whether the connection has ended."""
         session.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._session = session
         self._fd = session.sock.fileno()
@@ -73,11 +75,6 @@ class Wire(ABC):
             self.touch()
             # The handshake may have read the peer's first frames already.
             self._decrypt()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the connection has ended."""
-        return self._closed.is_set()
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended."""
@@ -255,6 +252,7 @@ class Wire(ABC):
         if self.is_closed:
             return
         self.failure = failure
+        self.is_closed = True
         self._closed.set()
         self.reactor.remove(self._fd)
         self._session.close()

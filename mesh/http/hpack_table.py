@@ -2,12 +2,14 @@
 
 The encoder uses the static table and literals without indexing, never Huffman and never
 the dynamic table, so a block is plain bytes that can be made once and sent anywhere.
-The decoder is the hpack package's; decoded blocks are cached for as long as decoding
-leaves the dynamic table unchanged, and fields are judged once, when a block is decoded.
+Blocks as that encoder makes them are decoded here, all others by the hpack package; decoded
+blocks are cached for as long as decoding leaves the dynamic table unchanged, and fields are
+judged once, when a block is decoded.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -124,13 +126,22 @@ def encode_block(pairs: Iterable[Pair]) -> bytes:
         if index is not None:
             parts.append(encode_integer(index, 7, 0x80))
             continue
-        index = _NAME_INDEX.get(name)
-        if index is None:
-            parts += (b"\x00", encode_integer(len(name), 7, 0), name)
-        else:
-            parts.append(encode_integer(index, 4, 0))
-        parts += (encode_integer(len(value), 7, 0), value)
+        parts += (_encode_name(name), _encode_length(len(value)), value)
     return b"".join(parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _encode_name(name: bytes) -> bytes:
+    """The beginning of a literal without indexing."""
+    index = _NAME_INDEX.get(name)
+    if index is None:
+        return b"\x00" + encode_integer(len(name), 7, 0) + name
+    return encode_integer(index, 4, 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _encode_length(length: int) -> bytes:
+    return encode_integer(length, 7, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +174,62 @@ def find_problem(pairs: Iterable[Pair]) -> str:
     return ""
 
 
+def decode_plain(block: bytes, max_list: int) -> tuple[Pair, ...] | None:
+    """The fields of a block that neither knows the dynamic table nor Huffman codes. None for
+    every other block, one that is too long or broken among them: the hpack package judges it.
+    """
+    pairs: list[Pair] = []
+    offset, size, left = 0, len(block), max_list
+    try:
+        while offset < size:
+            index = block[offset]
+            offset += 1
+            if index > 0x80:
+                pair = _STATIC[index - 0x81]
+            elif index < 0x20:
+                index &= 15
+                if index == 15:
+                    index += block[offset]
+                    offset += 1
+                if index:
+                    name = _STATIC[index - 1][0]
+                else:
+                    start = offset + 1
+                    offset = start + block[offset]
+                    if offset - start >= 127:
+                        return None
+                    name = block[start:offset]
+                length = block[offset]
+                offset += 1
+                if length == 127:
+                    length += block[offset]
+                    offset += 1
+                    if length >= 255:
+                        return None
+                elif length > 127:
+                    return None
+                pair = (name, block[offset : offset + length])
+                offset += length
+                if offset > size:
+                    return None
+            else:
+                return None
+            left -= len(pair[0]) + len(pair[1]) + 32
+            pairs.append(pair)
+    except IndexError:
+        return None
+    return tuple(pairs) if left >= 0 else None
+
+
 class BlockDecoder:
     """Decodes the blocks of one connection, in order. `max_list` bounds a decoded list in
     bytes (32 more per field, RFC 9113 section 6.5.2).
     """
 
-    __slots__ = ("_cache", "_decoder", "_table")
+    __slots__ = ("_cache", "_decoder", "_max_list", "_table")
 
     def __init__(self, max_list: int) -> None:
+        self._max_list = max_list
         self._decoder = hpack.Decoder(max_header_list_size=max_list)
         self._table = self._decoder.header_table
         self._cache: dict[bytes, Block] = {}
@@ -182,6 +241,11 @@ class BlockDecoder:
         known = self._cache.get(block)
         if known is not None:
             return known
+        plain = decode_plain(block, self._max_list)
+        if plain is not None:
+            decoded = Block(plain, find_problem(plain))
+            self._remember(block, decoded)
+            return decoded
         count, first, size = self._state()
         try:
             pairs = tuple(
@@ -199,11 +263,15 @@ class BlockDecoder:
         count_now, first_now, size_now = self._state()
         if count_now != count or first_now is not first or size_now != size:
             self._cache.clear()
-        elif len(block) <= _CACHED_BLOCK_BYTES and block[:1] and block[0] & 0xE0 != 0x20:
+        elif block[:1] and block[0] & 0xE0 != 0x20:
+            self._remember(block, decoded)
+        return decoded
+
+    def _remember(self, block: bytes, decoded: Block) -> None:
+        if len(block) <= _CACHED_BLOCK_BYTES:
             if len(self._cache) >= _CACHED_BLOCKS:
                 self._cache.clear()
             self._cache[block] = decoded
-        return decoded
 
     def _state(self) -> tuple[int, object, int]:
         # Adding an entry always puts a new object first, evicting alone always shortens.

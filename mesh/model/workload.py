@@ -7,6 +7,7 @@ value. Field for field what `istio.workload.Workload` carries.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -98,6 +99,12 @@ class ApplicationTunnel:
     port: int
 
 
+@functools.lru_cache(maxsize=4096)
+def _identity(trust_domain: str, namespace: str, service_account: str) -> SpiffeId:
+    # Asked several times for every connection, and judged each time it is made.
+    return SpiffeId(trust_domain, namespace, service_account)
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """One endpoint of the mesh.
@@ -135,4 +142,4 @@ class Workload:
     @property
     def identity(self) -> SpiffeId:
         """The SPIFFE ID this workload must present."""
-        return SpiffeId(self.trust_domain, self.namespace, self.service_account)
+        return _identity(self.trust_domain, self.namespace, self.service_account)

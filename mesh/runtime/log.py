@@ -40,6 +40,8 @@ _SECRET_KEY = re.compile(
 LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40, "off": 100}
 
 _levels: dict[str, int] = {"": LEVELS["info"]}
+# json.dumps makes an encoder for every call that asks for anything special.
+_to_json = json_module.JSONEncoder(default=str, ensure_ascii=False).encode
 
 EventDict = MutableMapping[str, Any]
 
@@ -163,9 +165,7 @@ class AccessLog:
     def record(self, fields: Mapping[str, object]) -> None:
         """Queue one line, with `time` and `scope` added; drops it when the buffer is full."""
         now = datetime.now(tz=UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json_module.dumps(
-            {"time": now, "scope": "access", **fields}, default=str, ensure_ascii=False
-        )
+        line = _to_json({"time": now, "scope": "access", **fields})
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         if self._size + len(data) > self._limit:
             self.dropped += 1

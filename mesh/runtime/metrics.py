@@ -92,9 +92,21 @@ def tcp_directions(reporter: Reporter, to_tunnel: int, from_tunnel: int) -> tupl
 class _TcpSeries:
     """The children of one set of labels."""
 
-    __slots__ = ("closed", "failed", "last_used", "open_now", "opened", "received", "sent")
+    __slots__ = (
+        "closed",
+        "failed",
+        "last_used",
+        "open_gauge",
+        "open_now",
+        "opened",
+        "received",
+        "sent",
+    )
 
-    def __init__(self, counters: tuple[Counter, ...], values: tuple[str, ...]) -> None:
+    def __init__(
+        self, counters: tuple[Counter, ...], open_gauge: Gauge, values: tuple[str, ...]
+    ) -> None:
+        self.open_gauge = open_gauge
         self.opened, self.closed, self.failed, self.sent, self.received = (
             counter.labels(*values) for counter in counters
         )
@@ -145,16 +157,17 @@ class TcpMetrics:
         series = self._find(labels)
         series.opened.inc()
         series.open_now += 1
-        self._open.labels(labels.reporter).inc()
+        series.open_gauge.inc()
 
     def closed(self, labels: TcpLabels) -> None:
         """A connection that was `opened` ended; `response_flags` may have changed since."""
-        self._find(labels).closed.inc()
-        self._open.labels(labels.reporter).dec()
-        at_open = labels
+        ended = self._find(labels)
+        ended.closed.inc()
+        ended.open_gauge.dec()
+        series: _TcpSeries | None = ended
         if labels.response_flags != "-":
             at_open = dataclasses.replace(labels, response_flags="-")
-        series = self._series.get(at_open) or self._series.get(_overflow(labels.reporter))
+            series = self._series.get(at_open) or self._series.get(_overflow(labels.reporter))
         if series is not None and series.open_now:
             series.open_now -= 1
 
@@ -203,7 +216,9 @@ class TcpMetrics:
             found = self._series.get(labels)
             if found is not None:
                 return found
-        series = self._series[labels] = _TcpSeries(self._counters, _values(labels))
+        series = self._series[labels] = _TcpSeries(
+            self._counters, self._open.labels(labels.reporter), _values(labels)
+        )
         return series
 
 
