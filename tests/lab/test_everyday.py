@@ -504,6 +504,36 @@ def test_a_namespace_without_a_file_goes_on_as_a_plain_one(harbour: Harbour) -> 
     eventually(written)
 
 
+def test_connections_end_in_order_when_their_pod_is_deleted(harbour: Harbour) -> None:
+    code = (
+        "import socket, sys\n"
+        "c = socket.create_connection((sys.argv[1], 7000), timeout=20)\n"
+        "c.sendall(b'hi'); print(c.recv(9), c.recv(9))\n"
+    )
+    pod = harbour.quay("node2")
+    said: list[str] = []
+
+    def hold(client: str) -> None:
+        said.append(harbour.lab.python(client, code, pod["ips"][0]))
+
+    threads = [threading.Thread(target=hold, args=(client,)) for client in CLIENTS]
+    for thread in threads:
+        thread.start()
+    established = (
+        "rows = [l.split() for f in ('tcp', 'tcp6') for l in open('/proc/net/' + f)]\n"
+        "print(sum(r[1].endswith(':1B58') and r[3] == '01' for r in rows))\n"
+    )
+
+    def connected() -> None:
+        assert harbour.lab.python(f"harbour/{pod['name']}", established) == "3"
+
+    eventually(connected)
+    harbour.lab.client.delete("Pod", "harbour", pod["name"])
+    for thread in threads:
+        thread.join(20)
+    assert said == ["b'hi' b''"] * 3
+
+
 def test_a_name_that_dns_cannot_carry_is_refused(harbour: Harbour) -> None:
     file = harbour.lab.directory / "long.yaml"
     file.write_text(
