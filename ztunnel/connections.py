@@ -155,8 +155,11 @@ class Connections:
 
     def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
         """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
-        tracked.record.counters = counters
-        self._journal.opened(tracked.record)
+        record = tracked.record
+        record.counters = counters
+        if record.span is not None:
+            record.span.event("established", trio.current_time())
+        self._journal.opened(record)
 
     async def carry(
         self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
