@@ -49,6 +49,7 @@ from ztunnel.connections import Connections, Judges
 from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
+from ztunnel.monitoring import Gauges
 from ztunnel.node import Node
 from ztunnel.pods import Pods
 from ztunnel.prefetch import NodeIdentities
@@ -72,11 +73,12 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     with Reactor(_report_bug) as reactor:
         node = _node(config, reactor, authority, Journal(access, tcp_metrics), registry)
         pods = Pods(node, metrics.WorkloadManagerMetrics(registry), readiness)
+        gauges = Gauges(registry, node.secrets, access, pods.pools)
         async with trio.open_nursery() as nursery:
             start = nursery.start_soon
             pages = (
                 (config.readiness_address, readiness_app(readiness)),
-                (config.stats_address, metrics_app(registry)),
+                (config.stats_address, metrics_app(registry, gauges.count)),
                 (config.admin_address, _admin(node, pods, shutdown)),
             )
             doors = trio.CancelScope()

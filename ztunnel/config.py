@@ -115,7 +115,10 @@ class ZtunnelConfig:
     )
     log_level: str = setting(env="LOG_LEVEL", default="info", doc="Level of the log on stderr.")
     log_format: str = setting(
-        env="LOG_FORMAT", default="", doc="`json` or `plain`; by default plain on a terminal."
+        env="LOG_FORMAT",
+        default="",
+        doc="`json` or `plain`; by default plain on a terminal.",
+        choices=("", "json", "plain"),
     )
 
     @property

@@ -122,7 +122,7 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
     node = proxy.node
     try:
         connection = tunnel.connection
-        record = proxy.new_record("inbound", tunnel.head.traceparent)
+        record = proxy.new_record("inbound", tunnel.head.traceparent, tunnel.head.connection_id)
         record.source_address = str(connection.peer_address)
         record.destination_address = str(connection.local_address)
         record.hbone_address = tunnel.head.authority

@@ -203,10 +203,14 @@ class PodProxy:
             hint="ambit certificates: is the control plane reachable?",
         )
 
-    def new_record(self, direction: Direction, trace: str = "") -> Record:
-        """A record that starts now; `trace` is a W3C traceparent to take the id from."""
+    def new_record(self, direction: Direction, trace: str = "", connection_id: str = "") -> Record:
+        """A record that starts now; `trace` is a W3C traceparent to take the id from, and
+        `connection_id` how hops before us call the connection.
+        """
         number = trace[3:35] if trace else f"{self.node.rng.getrandbits(128):032x}"
-        return Record(number, direction, trio.current_time())
+        record = Record(number, direction, trio.current_time())
+        record.connection_id = connection_id or number
+        return record
 
     async def _dial(self, key: PoolKey) -> TunnelConnection:
         node = self.node

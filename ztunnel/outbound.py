@@ -127,4 +127,5 @@ def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record)
         baggage=baggage_of(source),
         forwarded=Forwarded(record.source_address, host),
         traceparent=traceparent(parent),
+        connection_id=record.connection_id,
     )

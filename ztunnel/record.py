@@ -72,6 +72,8 @@ class Record:
     peer_baggage: Baggage | None = None
     is_mutual_tls: bool = False
     policy: str = ""
+    rule: int | None = None
+    connection_id: str = ""
     counters: Callable[[], tuple[int, int]] | None = None
     is_open: bool = False
     is_finished: bool = False
@@ -151,6 +153,7 @@ def access_fields(record: Record, ending: Ending, now: float) -> dict[str, objec
         "level": "error" if ending.error else "info",
         "message": "connection complete" if record.is_open else "connection failed",
         "id": record.id,
+        "connection.id": record.connection_id or record.id,
         "direction": record.direction,
         "src.addr": record.source_address,
         "src.workload": source.name if source else peer.workload_name if peer else "",
@@ -165,6 +168,7 @@ def access_fields(record: Record, ending: Ending, now: float) -> dict[str, objec
         "dst.identity": str(record.destination_identity or ""),
         "dst.cluster": destination.cluster_id if destination else "",
         "policy": record.policy,
+        "rule": "" if record.rule is None else record.rule,
         "bytes_sent": ending.bytes_to_tunnel,
         "bytes_recv": ending.bytes_from_tunnel,
         "duration": f"{max(0, round((now - record.started) * 1000))}ms",

@@ -368,7 +368,7 @@ def _parse(raw: str | list[str], kind: Any, name: str, choices: tuple[str, ...])
         return tuple(part.strip() for part in raw.split(",") if part.strip())
     value = _parse_scalar(raw, kind, name)
     if choices and value not in choices:
-        raise ValueError(f"{raw!r} is not one of {', '.join(choices)}")
+        raise ValueError(f"{raw!r} is not one of {', '.join(filter(None, choices))}")
     return value
 
 

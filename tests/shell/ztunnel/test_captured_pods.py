@@ -83,6 +83,7 @@ async def test_two_pods_by_address(family: str) -> None:
         assert (into["src.workload"], into["dst.workload"]) == ("curl", "web")
         assert into["bytes_recv"] == len(payload)
         assert into["id"] == out["id"]
+        assert into["connection.id"] == out["connection.id"] == out["id"]
         assert "error" not in out
         assert "error" not in into
         assert len(mesh.notes.lines) == 2
