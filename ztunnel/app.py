@@ -50,6 +50,7 @@ from ztunnel.connections import Connections, Judges
 from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
+from ztunnel.explain import Explainer
 from ztunnel.monitoring import Gauges
 from ztunnel.node import Node
 from ztunnel.pods import Pods
@@ -266,6 +267,7 @@ def _admin(node: Node, pods: Pods, shutdown: Shutdown) -> AdminApp:
         return Response(200, "application/json", text.encode())
 
     app.route("/config_dump", config_dump)
+    Explainer(node, lambda: pods).add_to(app)
     return app
 
 
