@@ -11,7 +11,7 @@ workload got another identity is cut in both directions: it was opened in anothe
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -150,13 +150,16 @@ class Connections:
         context: ConnectionContext,
     ) -> Tracked:
         """An inbound connection to `workload`; nobody gets in without a Permit."""
-        record.policy = permit.policy
+        record.policy, record.rule = permit.policy, permit.rule
         return self._add(Tracked(record, pod_uid, workload.uid, workload.identity, context))
 
     def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
         """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
-        tracked.record.counters = counters
-        self._journal.opened(tracked.record)
+        record = tracked.record
+        record.counters = counters
+        if record.span is not None:
+            record.span.event("established", trio.current_time())
+        self._journal.opened(record)
 
     async def carry(
         self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
@@ -178,7 +181,8 @@ class Connections:
             cause = tracked.ended_by
             if tracked.scope.cancelled_caught and cause is not None:
                 ending = Ending(cause.flag, cause.reason, cause.hint)
-                tracked.record.policy = cause.policy or tracked.record.policy
+                if cause.policy:
+                    tracked.record.policy, tracked.record.rule = cause.policy, cause.rule
         except MeshError as exc:
             ending = Ending(exc.flag, str(exc), exc.hint)
         finally:
@@ -186,7 +190,7 @@ class Connections:
 
     def refused(self, record: Record, refusal: Refusal) -> None:
         """Write the record of a connection that was never admitted."""
-        record.policy = refusal.policy
+        record.policy, record.rule = refusal.policy, refusal.rule
         ending = Ending(refusal.flag, refusal.reason, refusal.hint)
         self._journal.finished(record, ending, trio.current_time())
 
@@ -240,7 +244,7 @@ class Connections:
             verdict = self._judges.evaluate(workload, tracked.context)
             if isinstance(verdict, Refusal):
                 reason = f"closed due to policy change: {verdict.reason}"
-                tracked.end(Refusal(verdict.flag, reason, verdict.hint, verdict.policy))
+                tracked.end(replace(verdict, reason=reason))
 
     async def _report(self) -> None:
         while True:

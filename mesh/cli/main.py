@@ -21,6 +21,7 @@ _VERBS = {
     "policies": ("mesh.cli.inspect", "policies", "Show the policies that proxies enforce."),
     "services": ("mesh.cli.inspect", "services", "Show the services that proxies know."),
     "workloads": ("mesh.cli.inspect", "workloads", "Show the workloads that proxies know."),
+    "waypoint": ("mesh.cli.waypoint", "waypoint", "Deploy waypoints: L7 for who opts in."),
     "unenroll": ("mesh.cli.enroll", "unenroll", "Take a namespace out of the mesh."),
 }
 
