@@ -70,6 +70,12 @@ _GROUP_OF = {
     "GatewayClass": "gateway.networking.k8s.io",
     "HTTPRoute": "gateway.networking.k8s.io",
     "GRPCRoute": "gateway.networking.k8s.io",
+    "TCPRoute": "gateway.networking.k8s.io",
+    "TLSRoute": "gateway.networking.k8s.io",
+    "ReferenceGrant": "gateway.networking.k8s.io",
+    "RequestAuthentication": "security.istio.io",
+    "RateLimitPolicy": "ambit.dev",
+    "RedactionPolicy": "ambit.dev",
 }
 
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}")
