@@ -3,6 +3,7 @@
     app.serve
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
     ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
+    ├─ waypoint_writer.run     ServiceAccount, Service, Deployment of each waypoint Gateway
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -28,6 +29,7 @@ from istiod_lite.index import ClusterIndex
 from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
+from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
 from mesh.cluster.directory import DirectoryCluster
@@ -79,6 +81,7 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         await nursery.start(publisher.follow, cluster)
         tasks["cluster"].done()
         nursery.start_soon(root.run, cluster, tasks["root certificate"].done)
+        nursery.start_soon(WaypointWriter(config.waypoints()).run, cluster)
         certificates = CertificateService(
             authority,
             authenticator,
