@@ -2,8 +2,13 @@
 
     app.serve
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
+<<<<<<< HEAD
     ├─ seat.write              on one replica only:
     │  └─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
+=======
+    ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
+    ├─ waypoint_writer.run     ServiceAccount, Service, Deployment of each waypoint Gateway
+>>>>>>> controller
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -14,6 +19,7 @@ later, with the versions they hold), calls get a few seconds, then the process e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 
@@ -30,6 +36,7 @@ from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
 from istiod_lite.seat import Seat
+from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
 from mesh.cluster.open import open_cluster
@@ -86,7 +93,9 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         await nursery.start(publisher.follow, cluster)
         tasks["cluster"].done()
         published = tasks["root certificate"].done
-        nursery.start_soon(seat.write, partial(root.run, cluster, published), published)
+        waypoints = WaypointWriter(config.waypoints())
+        writing = partial(_write, cluster, root, waypoints, published)
+        nursery.start_soon(seat.write, writing, published)
         certificates = CertificateService(
             authority,
             authenticator,
@@ -99,6 +108,18 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
             tasks["xds"].done()
             _log.info("started", port=config.xds_port, resources=len(index.addresses))
         nursery.cancel_scope.cancel()
+
+
+async def _write(
+    cluster: Cluster,
+    root: RootCertificate,
+    waypoints: WaypointWriter,
+    published: Callable[[], None],
+) -> None:
+    """What one controller of all writes, for ever."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(root.run, cluster, published)
+        nursery.start_soon(waypoints.run, cluster)
 
 
 async def _serve_calls(
