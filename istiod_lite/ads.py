@@ -96,7 +96,7 @@ class AdsService:
         """
         caller = await self._authenticate(call)
         client = _Client(
-            state=ClientState(self._snapshot),
+            state=ClientState(self._snapshot, caller.account if caller is not None else None),
             peer=str(call.peer),
             account=caller.account if caller is not None else "",
             connected_at=trio.current_time(),

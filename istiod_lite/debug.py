@@ -2,6 +2,7 @@
 
 /debug/syncz       each client, and per type what it was sent, acknowledged and refused
 /debug/workloadz   the workloads, services and policies that are told, as values
+/debug/trafficz    what each waypoint is told for each service
 /debug/findings    what is wrong or odd, object by object; checks of the whole set included
 """
 
@@ -22,6 +23,7 @@ from mesh.model.authorization import Authorization
 from mesh.model.service import Service
 from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload
 from mesh.runtime.admin import AdminApp, Request, Response
+from mesh.xds.traffic import TRAFFIC_TYPE
 
 
 class DebugPages:
@@ -43,6 +45,7 @@ class DebugPages:
         """Route them."""
         app.route("/debug/syncz", self.syncz)
         app.route("/debug/workloadz", self.workloadz)
+        app.route("/debug/trafficz", self.trafficz)
         app.route("/debug/findings", self.findings)
 
     async def syncz(self, _request: Request) -> Response:
@@ -65,6 +68,12 @@ class DebugPages:
                 "policies": [plain(each) for each in models if isinstance(each, Authorization)],
             }
         )
+
+    async def trafficz(self, _request: Request) -> Response:
+        """What waypoints are told, as of the last publication."""
+        current = self._ads.snapshot
+        entries = current.of(TRAFFIC_TYPE).values() if current is not None else ()
+        return Response.json([plain(each.model) for each in entries])
 
     async def findings(self, _request: Request) -> Response:
         """What was found while translating, and by looking at all objects together."""
@@ -138,7 +147,7 @@ def plain(value: Any) -> Any:
             return {str(key): plain(each) for key, each in value.items()}
         case tuple():
             return [plain(each) for each in value]
-        case str() | int() | None:
+        case str() | int() | float() | None:
             return value
     fields = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
     return {_camel(name): plain(each) for name, each in fields if each not in ("", None, (), {})}

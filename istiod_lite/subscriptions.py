@@ -21,6 +21,7 @@ from istiod_lite.snapshot import TYPES, Delta, Snapshot
 from mesh.errors import RemoteProtocolError
 from mesh.model.service import Service
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
+from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
 
 MAX_TYPES = 8
@@ -75,9 +76,13 @@ class _Subscription:
 class ClientState:
     """One stream. `snapshot` is None until the controller knows the cluster: nothing is
     answered before, because an early empty answer would read as "everything is gone".
+
+    `account` is the caller's `namespace/service-account`, by its token: a waypoint is told the
+    TrafficConfigs of the Gateway of that name, and nobody any other. None sees all: for tests.
     """
 
-    def __init__(self, snapshot: Snapshot | None = None) -> None:
+    def __init__(self, snapshot: Snapshot | None = None, account: str | None = None) -> None:
+        self._account = account
         self.node: ClientNode | None = None
         self._snapshot = snapshot
         self._types: dict[str, _Subscription] = {}
@@ -110,7 +115,7 @@ class ClientState:
             if is_first or not subscription.is_wildcard:
                 self._mark_all(type_url, subscription)
             elif (delta := deltas.get(type_url)) is not None:
-                subscription.dirty |= delta.changed
+                subscription.dirty |= delta.changed & self._visible(type_url, snapshot)
                 for name in delta.removed:
                     # A resource that came and went unseen needs no word at all.
                     if name in subscription.sent:
@@ -166,11 +171,17 @@ class ClientState:
             subscription.keys.discard(name)
             subscription.unanswered.discard(name)
 
+    def _visible(self, type_url: str, snapshot: Snapshot) -> Set[str]:
+        """The names of the resources that this client may be told."""
+        if type_url == TRAFFIC_TYPE and self._account is not None:
+            return snapshot.of_waypoint(self._account)
+        return snapshot.of(type_url).keys()
+
     def _wanted(self, type_url: str, subscription: _Subscription, snapshot: Snapshot) -> Set[str]:
         if subscription.is_wildcard:
-            return snapshot.of(type_url).keys()
+            return self._visible(type_url, snapshot)
         if type_url != ADDRESS_TYPE:
-            return subscription.keys & snapshot.of(type_url).keys()
+            return subscription.keys & self._visible(type_url, snapshot)
         wanted: set[str] = set()
         for key in subscription.keys:
             wanted |= snapshot.find(key)
@@ -194,7 +205,7 @@ class ClientState:
             return None
         current = snapshot.of(type_url)
         wanted = self._wanted(type_url, subscription, snapshot)
-        asked = subscription.unanswered & current.keys()
+        asked = subscription.unanswered & self._visible(type_url, snapshot)
         updated = [
             current[name]
             for name in subscription.dirty | asked
