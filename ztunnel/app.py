@@ -27,6 +27,7 @@ import trio
 
 from mesh import __version__
 from mesh.errors import ConfigError, KernelError
+from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
 from mesh.runtime import lifecycle, log, metrics
@@ -125,6 +126,7 @@ def _node(
         dns_metrics=metrics.DnsMetrics(registry),
         names=Names(config.cluster_domain, config.preferred_namespace),
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
+        windows=WindowBudget(config.window_budget_bytes),
     )
 
 
