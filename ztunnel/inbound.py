@@ -98,6 +98,7 @@ async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
             node.contexts.server(certificate),
             verify=lambda leaf: verify_client_peer(leaf, trust_domain),
             on_tunnel=functools.partial(_start_tunnel, proxy, workload.identity),
+            budget=proxy.windows,
         )
     except (MeshError, OSError) as exc:
         # Before there is a tunnel this line is all that anybody will ever see of it.

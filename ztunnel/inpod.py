@@ -23,6 +23,7 @@ from mesh import sockets
 from mesh.errors import IdentityError, KernelError, Unavailable
 from mesh.hbone.connection import TunnelConnection
 from mesh.hbone.pool import Pool, PoolKey
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime import lifecycle, log
@@ -68,6 +69,7 @@ class PodProxy:
         self.pod = pod
         self.namespace = namespace
         self.forwarder = Forwarder(node.dns_servers, namespace, node.rng)
+        self.windows = WindowBudget(parent=node.windows)
         self.inbound_connections: set[TunnelConnection] = set()
         self.pool: Pool
         self.nursery: trio.Nursery
@@ -232,6 +234,7 @@ class PodProxy:
             context,
             verify=lambda leaf: verify_server_peer(leaf, key.expected),
             connect_timeout=node.config.connect_timeout_seconds,
+            budget=self.windows,
         )
 
     # -- accepting

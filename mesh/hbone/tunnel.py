@@ -205,6 +205,10 @@ class Tunnel:
         self.connection.core.end(self._stream)
         self.connection.touch()
 
+    def lag(self) -> None:
+        """The local end does not take what is delivered as it comes."""
+        self._stream.lagged = True
+
     def credit(self, count: int) -> None:
         """`count` delivered bytes were consumed."""
         core = self.connection.core
