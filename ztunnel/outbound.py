@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
+from mesh.fiber import in_task
 from mesh.hbone.head import ConnectHead, Forwarded, traceparent
 from mesh.hbone.pool import PoolKey
 from mesh.hbone.relay import PlainRelay, RelayResult
@@ -72,7 +73,7 @@ async def _passthrough(
     seconds = node.config.connect_timeout_seconds
     tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
-    upstream = await dial(proxy.namespace, address)
+    upstream = await dial(proxy.namespace, address, proxy.nursery)
     tracked.unlimit()
     relay = PlainRelay(node.reactor, sock, upstream)
     node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
@@ -83,7 +84,8 @@ async def _resolve(proxy: PodProxy, hop: NextHop, tracked: Tracked) -> SocketAdd
     if not hop.is_hostname:
         return SocketAddress(hop.host, hop.port)
     wants_v6 = tracked.record.source_address.startswith("[")
-    addresses = await proxy.forwarder.resolve(hop.host, wants_v6=wants_v6)
+    resolve = functools.partial(proxy.forwarder.resolve, hop.host, wants_v6=wants_v6)
+    addresses = await in_task(proxy.nursery, resolve)
     return SocketAddress(proxy.node.rng.choice(addresses), hop.port)
 
 
@@ -99,7 +101,9 @@ async def _tunnel(
         source_ip=record.source_address.rpartition(":")[0].strip("[]"),
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
-    connection = await proxy.pool.acquire(key)
+    # Picked here and not by the task that waits, so that the pool's counts are true.
+    while (connection := proxy.pool.acquire_nowait(key)) is None:
+        await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
     record.destination_identity = connection.peer
     tunnel = connection.open_tunnel(_head(proxy, source, plan, record))
     response = await tunnel.wait_response()
