@@ -2,7 +2,8 @@
 
     app.serve
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
-    ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
+    ├─ seat.write              on one replica only:
+    │  └─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -14,23 +15,24 @@ later, with the versions they hold), calls get a few seconds, then the process e
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 
 import trio
 
 import mesh
 from istiod_lite.ads import AdsService
-from istiod_lite.authenticate import Authenticator, SignedTokenReviewer, read_keys
-from istiod_lite.authority import Authority, open_authority
+from istiod_lite.authority import Authority
 from istiod_lite.certificates import CertificateService
 from istiod_lite.config import IstiodConfig
 from istiod_lite.debug import DebugPages
-from istiod_lite.index import ClusterIndex
+from istiod_lite.index import KINDS, ClusterIndex
 from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
+from istiod_lite.seat import Seat
 from mesh import sockets
 from mesh.cluster.api import Cluster
-from mesh.cluster.directory import DirectoryCluster
+from mesh.cluster.open import open_cluster
 from mesh.errors import MeshError
 from mesh.grpc.server import serve_grpc
 from mesh.runtime import lifecycle, log, metrics
@@ -44,7 +46,12 @@ _log = log.get("istiod")
 
 async def run(config: IstiodConfig, shutdown: lifecycle.Shutdown) -> None:
     """The whole daemon, until it has drained. Raises ConfigError, KernelError."""
-    cluster = DirectoryCluster(config.cluster_dir, writable=True)
+    cluster = open_cluster(
+        config.cluster(),
+        kinds=KINDS,
+        manager="ambit-istiod",
+        report=lambda event, fields: _log.info(event, **fields),
+    )
     await serve(config, cluster, shutdown)
     _log.info("stopped")
 
@@ -54,11 +61,11 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
 
     If cancelled: everything is closed at once.
     """
-    authority = open_authority(config.ca_dir, config.trust_domain, _now())
-    read_keys(config.token_issuer_keys)  # say now what would refuse every caller later
+    seat = Seat(config, cluster, _now)
+    authority = await seat.authority()
     registry = metrics.new_registry("istiod", mesh.__version__)
     index = ClusterIndex(config.mesh())
-    authenticator = _authenticator(config)
+    authenticator = seat.authenticator()
     ads = AdsService(authenticator)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
     publisher = Publisher(index, ads, registry, on_push=root.look)
@@ -78,7 +85,8 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
             nursery.start_soon(metrics.watch_loop_lag, registry)
         await nursery.start(publisher.follow, cluster)
         tasks["cluster"].done()
-        nursery.start_soon(root.run, cluster, tasks["root certificate"].done)
+        published = tasks["root certificate"].done
+        nursery.start_soon(seat.write, partial(root.run, cluster, published), published)
         certificates = CertificateService(
             authority,
             authenticator,
@@ -114,16 +122,6 @@ async def _serve_calls(
         on_failure=_on_failure,
         task_status=task_status,
     )
-
-
-def _authenticator(config: IstiodConfig) -> Authenticator:
-    reviewer = SignedTokenReviewer(
-        config.token_issuer_keys,
-        audiences=config.token_audiences,
-        issuers=config.token_issuers,
-        clock=_now,
-    )
-    return Authenticator(reviewer, config.cluster_id)
 
 
 def _on_failure(peer: sockets.SocketAddress, error: MeshError) -> None:

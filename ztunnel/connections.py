@@ -80,20 +80,28 @@ class Judges:
 
     def evaluate(self, workload: Workload, context: ConnectionContext) -> Permit | Refusal:
         """Judge a connection to `workload`; what a dry-run policy would refuse is logged."""
+        verdict, would = self.consider(workload, context)
+        if would is not None:
+            _log.info(
+                "dry_run_refusal",
+                policy=would.policy,
+                reason=would.reason,
+                src_identity=str(context.source_identity or ""),
+                src_ip=context.source_ip,
+                dst_workload=workload.uid,
+            )
+        return verdict
+
+    def consider(
+        self, workload: Workload, context: ConnectionContext
+    ) -> tuple[Permit | Refusal, Refusal | None]:
+        """The verdict, and what dry-run policies would refuse of what is permitted."""
         _, judge, rehearsal = self._judge(workload)
         verdict = judge.evaluate(context)
-        if rehearsal is not None and isinstance(verdict, Permit):
-            would = rehearsal.evaluate(context)
-            if isinstance(would, Refusal):
-                _log.info(
-                    "dry_run_refusal",
-                    policy=would.policy,
-                    reason=would.reason,
-                    src_identity=str(context.source_identity or ""),
-                    src_ip=context.source_ip,
-                    dst_workload=workload.uid,
-                )
-        return verdict
+        if rehearsal is None or isinstance(verdict, Refusal):
+            return verdict, None
+        would = rehearsal.evaluate(context)
+        return verdict, would if isinstance(would, Refusal) else None
 
     def forget(self, workload_uid: str) -> None:
         """The workload is no longer served here."""
@@ -153,8 +161,11 @@ class Connections:
 
     def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
         """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
-        tracked.record.counters = counters
-        self._journal.opened(tracked.record)
+        record = tracked.record
+        record.counters = counters
+        if record.span is not None:
+            record.span.event("established", trio.current_time())
+        self._journal.opened(record)
 
     async def carry(
         self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]

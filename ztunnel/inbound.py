@@ -14,6 +14,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+import trio
+
 from mesh import sockets
 from mesh.errors import MeshError, Refusal, RemoteProtocolError, Unavailable
 from mesh.hbone.connection import Tunnel, TunnelConnection
@@ -27,6 +29,7 @@ from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
 from ztunnel.record import Record, baggage_of
+from ztunnel.spans import note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -211,10 +214,12 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None
+    since = trio.current_time()
     upstream = await dial(
         proxy.namespace, plan.upstream, proxy.nursery, source=source, on_wait=limit
     )
     tracked.unlimit()
+    note_dialled(tracked.record, since, trio.current_time())
     return upstream
 
 

@@ -27,6 +27,7 @@ from mesh.hbone.pool import Pool, PoolKey
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime import lifecycle, log
+from mesh.runtime.tracing import Kind
 from mesh.sockets import PROXY_MARK
 from mesh.tls.certificate import Certificate
 from mesh.tls.context import verify_server_peer
@@ -218,6 +219,11 @@ class PodProxy:
         number = trace[3:35] if trace else f"{self.node.rng.getrandbits(128):032x}"
         record = Record(number, direction, trio.current_time())
         record.connection_id = connection_id or number
+        tracer = self.node.tracer
+        if tracer is not None:
+            kind: Kind = "client" if direction == "outbound" else "server"
+            name = f"ztunnel {direction}"
+            record.span = tracer.start(name, kind, record.started, number, trace)
         return record
 
     async def _dial(self, key: PoolKey) -> TunnelConnection:

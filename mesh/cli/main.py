@@ -16,6 +16,7 @@ _VERBS = {
     "certificates": ("mesh.cli.inspect", "certificates", "Show the proxies' certificates."),
     "check": ("mesh.cli.check", "check", "Validate and lint YAML, without a cluster."),
     "connections": ("mesh.cli.inspect", "connections", "Show open connections."),
+    "explain": ("mesh.cli.explain", "explain", "Say what happens to a connection, and why."),
     "lab": ("mesh.cli.lab", "lab", "Run the whole mesh on this machine."),
     "enroll": ("mesh.cli.enroll", "enroll", "Take a namespace into the mesh."),
     "policies": ("mesh.cli.inspect", "policies", "Show the policies that proxies enforce."),
