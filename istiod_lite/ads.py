@@ -7,7 +7,14 @@ does not read blocks only its own `send`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +22,7 @@ import trio
 
 from istiod_lite.authenticate import Authenticator, Caller
 from istiod_lite.snapshot import Snapshot, diff
-from istiod_lite.subscriptions import ClientNode, ClientState, TypeStatus
+from istiod_lite.subscriptions import ClientNode, ClientState, Holding, Share, TypeStatus
 from mesh.errors import ConfigError, IdentityError, MeshError, RemoteProtocolError
 from mesh.grpc.codec import Code, GrpcError
 from mesh.grpc.server import Call
@@ -49,13 +56,17 @@ class AdsService:
     """Handles `mesh.xds.client.DELTA_AGGREGATED_RESOURCES`.
 
     Until the first `publish` streams are held without an answer. Without an `authenticator`
-    everyone is served: for tests.
+    everyone is served: for tests. `on_answer` is called whenever a proxy acknowledges or refuses
+    something, or is gone.
     """
 
-    def __init__(self, authenticator: Authenticator | None) -> None:
+    def __init__(
+        self, authenticator: Authenticator | None, on_answer: Callable[[], None] = lambda: None
+    ) -> None:
         self._authenticator = authenticator
         self._snapshot: Snapshot | None = None
         self._clients: list[_Client] = []
+        self._on_answer = on_answer
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -82,6 +93,25 @@ class AdsService:
             )
             for client in self._clients
         ]
+
+    def share(self, type_url: str, names: Collection[str], account: str = "") -> Share:
+        """How many proxies that ask for a type hold all of `names` as they are now.
+
+        Of all, or of those of one account.
+        """
+        held = total = 0
+        refusal = ""
+        for client in self._clients:
+            if account and client.account != account:
+                continue
+            found = {client.state.holds(type_url, name) for name in names}
+            if None in found:
+                continue
+            total += 1
+            held += found <= {Holding.HELD}
+            if Holding.REFUSED in found:
+                refusal = refusal or client.state.refusal(type_url)
+        return Share(held, total, refusal)
 
     async def delta(
         self,
@@ -132,6 +162,7 @@ class AdsService:
                 nursery.start_soon(answer)
         finally:
             self._clients.remove(client)
+            self._on_answer()
         if failures:
             raise failures[0]
 
@@ -168,6 +199,7 @@ class AdsService:
                     reason=request.error_detail.message[:1000],
                 )
             client.wake.set()
+            self._on_answer()
 
     async def _answer(
         self, client: _Client, send: Callable[[DeltaDiscoveryResponse], Awaitable[None]]

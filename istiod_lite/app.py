@@ -4,6 +4,7 @@
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
     ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
     ├─ waypoint_writer.run     ServiceAccount, Service, Deployment of each waypoint Gateway
+    ├─ status_writer.run       conditions of Gateways, routes, Services, policies
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -29,6 +30,7 @@ from istiod_lite.index import ClusterIndex
 from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
+from istiod_lite.status_writer import StatusWriter
 from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
@@ -61,9 +63,15 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
     registry = metrics.new_registry("istiod", mesh.__version__)
     index = ClusterIndex(config.mesh())
     authenticator = _authenticator(config)
-    ads = AdsService(authenticator)
+    ads = AdsService(authenticator, on_answer=lambda: status.look())
+    status = StatusWriter(index, ads, _now)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
-    publisher = Publisher(index, ads, registry, on_push=root.look)
+
+    def on_push() -> None:
+        root.look()
+        status.look()
+
+    publisher = Publisher(index, ads, registry, on_push=on_push)
     counts = Counts(registry, index, ads, publisher.findings)
     readiness = Readiness()
     tasks = {name: readiness.task(name) for name in ("cluster", "root certificate", "xds")}
@@ -82,6 +90,7 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         tasks["cluster"].done()
         nursery.start_soon(root.run, cluster, tasks["root certificate"].done)
         nursery.start_soon(WaypointWriter(config.waypoints()).run, cluster)
+        nursery.start_soon(status.run, cluster)
         certificates = CertificateService(
             authority,
             authenticator,
