@@ -4,7 +4,7 @@ ARGS ?=
 PYTHON_BIN := .venv/bin/python
 CONFIGS := istiod_lite.config netconfig.config ztunnel.config
 
-.PHONY: help demo test check bench fmt docs lock
+.PHONY: help demo test check kube bench fmt docs lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,11 @@ test: ## everything that this machine can run: format, lint, types, all tests
 check: ## the inner loop, about a minute: format, lint, types, house, unit and shell tests
 	@.ci/setup test
 	@.ci/verify tests/house tests/unit tests/shell $(ARGS)
+
+kube: ## build a kube-apiserver (once; needs Go) and run the tests that want one
+	@.ci/setup test
+	@tests/kube/build
+	@$(PYTHON_BIN) -m pytest tests/kube $(ARGS)
 
 bench: ## the numbers of docs/performance.md
 	@.ci/setup test

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from istiod_lite.waypoints import WaypointSettings
 from istiod_lite.workloads import Mesh
+from mesh.cluster.open import SOURCES, ClusterChoice
 from mesh.errors import ConfigError
 from mesh.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
 from mesh.runtime.config import setting
@@ -18,15 +19,38 @@ from mesh.runtime.config import setting
 class IstiodConfig:
     """The controller: tells node proxies of workloads and policies, and certifies identities."""
 
-    cluster_dir: Path = setting(
-        env="CLUSTER_DIR", doc="Directory of live objects, instead of a Kubernetes API server."
+    cluster_source: str = setting(
+        env="CLUSTER_SOURCE",
+        default="",
+        doc="Where objects come from; by default a directory if CLUSTER_DIR is set.",
+        choices=SOURCES,
+    )
+    cluster_dir: Path | None = setting(
+        env="CLUSTER_DIR",
+        default=None,
+        doc="Directory of live objects, instead of a Kubernetes API server.",
+    )
+    kubeconfig: Path | None = setting(
+        env="KUBECONFIG",
+        default=None,
+        doc="How to reach the Kubernetes API; in a pod, its service account without this.",
+    )
+    kube_context: str = setting(
+        env="KUBE_CONTEXT", default="", doc="Context of the kubeconfig; its current one if empty."
     )
     ca_dir: Path = setting(
         env="CA_DIR", doc="Directory of the authority's keys; made at the first start."
     )
-    token_issuer_keys: Path = setting(
+    ca_secret: str = setting(
+        env="CA_SECRET",
+        default="",
+        doc="Name of the Secret of the root namespace that replicas share these keys in.",
+    )
+    token_issuer_keys: Path | None = setting(
         env="TOKEN_ISSUER_KEYS",
-        doc="JWKS file with the public keys that callers' tokens are verified with.",
+        default=None,
+        doc="JWKS file with the public keys that callers' tokens are verified with; without "
+        "it, the Kubernetes API is asked (TokenReview).",
     )
     token_audiences: tuple[str, ...] = setting(
         env="TOKEN_AUDIENCES",
@@ -64,6 +88,11 @@ class IstiodConfig:
         default=(),
         doc="Further names or addresses that callers know the controller by.",
     )
+    pod_name: str = setting(
+        env="POD_NAME",
+        default="",
+        doc="This replica's name in leader election; without it there is no election.",
+    )
     xds_port: int = setting(
         env="XDS_PORT", default=15012, doc="Port of xDS and certificates, gRPC over TLS."
     )
@@ -99,6 +128,11 @@ class IstiodConfig:
     )
 
     def __post_init__(self) -> None:
+        choice = self.cluster()
+        if self.token_issuer_keys is None and not choice.is_kubernetes:
+            raise ConfigError("is needed with a directory", field="token_issuer_keys")
+        if self.ca_secret and not choice.is_kubernetes:
+            raise ConfigError("a directory keeps no secrets", field="ca_secret")
         if not 0 < self.xds_port <= 65535:
             raise ConfigError("is no port", field="xds_port")
         if not 0 <= self.monitoring_port <= 65535:
@@ -130,6 +164,12 @@ class IstiodConfig:
                 raise ConfigError(
                     f"{account!r} is no namespace/name", field="ca_trusted_node_accounts"
                 )
+
+    def cluster(self) -> ClusterChoice:
+        """Where objects come from. Raises ConfigError."""
+        return ClusterChoice(
+            self.cluster_source, self.cluster_dir, self.kubeconfig, self.kube_context
+        )
 
     def mesh(self) -> Mesh:
         """What derivations need to know."""

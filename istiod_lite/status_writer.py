@@ -41,6 +41,7 @@ class StatusWriter:
 
     async def run(self, cluster: Cluster) -> None:
         """Write for ever. Ends if the cluster takes no writes. If cancelled: nothing is undone."""
+        self._written = {}  # another may have written since we did
         while True:
             self._look = trio.Event()
             try:

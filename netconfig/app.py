@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 import mesh
 from mesh import sockets
 from mesh.cluster.api import Cluster, Ref
-from mesh.cluster.directory import DirectoryCluster
+from mesh.cluster.open import open_cluster
 from mesh.runtime import lifecycle, log, metrics
 from mesh.runtime.admin import (
     AdminApp,
@@ -42,7 +42,7 @@ from netconfig.config import NetconfigConfig
 from netconfig.enrolment import Enrolments
 from netconfig.handoff import HandOff
 from netconfig.plan import reconcile
-from netconfig.pods import MountedNamespaces, NodePods
+from netconfig.pods import KINDS, MountedNamespaces, NodePods
 
 _log = log.get("netconfig")
 
@@ -51,7 +51,13 @@ async def run(config: NetconfigConfig, shutdown: lifecycle.Shutdown) -> None:
     """The whole daemon, until it is asked to end. Raises ConfigError, KernelError."""
     lifecycle.raise_file_limit()
     nft.check_library()
-    cluster = DirectoryCluster(config.cluster_dir, writable=True)
+    cluster = open_cluster(
+        config.cluster(),
+        kinds=KINDS,
+        selectors={"Pod": f"spec.nodeName={config.node_name}"},
+        manager="ambit-netconfig",
+        report=lambda event, fields: _log.info(event, **fields),
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve, config, cluster)
         await shutdown.wait()

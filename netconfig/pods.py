@@ -23,6 +23,9 @@ from mesh.cluster.objects import Namespace, Pod, parse_namespace, parse_pod
 from mesh.errors import ConfigError, KernelError, Unavailable
 from mesh.runtime import log
 
+#: What is watched.
+KINDS = ("Pod", "Namespace")
+
 _log = log.get("pods")
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -106,7 +109,7 @@ class NodePods:
         ConfigError when the cluster cannot be read at all, Unavailable when it stops telling.
         """
         is_synced = False
-        async with cluster.watch(["Pod", "Namespace"]) as events:
+        async with cluster.watch(KINDS) as events:
             async for first in events:
                 burst = [first]
                 while True:

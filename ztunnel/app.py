@@ -40,6 +40,7 @@ from mesh.runtime.admin import (
     readiness_app,
 )
 from mesh.runtime.lifecycle import Shutdown
+from mesh.runtime.tracing import Tracer, open_tracer
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.sockets import open_listener
 from mesh.xds.client import TYPES, NodeInfo, run_xds
@@ -49,10 +50,13 @@ from ztunnel.connections import Connections, Judges
 from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
+from ztunnel.explain import Explainer
+from ztunnel.monitoring import Gauges
 from ztunnel.node import Node
 from ztunnel.pods import Pods
 from ztunnel.prefetch import NodeIdentities
 from ztunnel.record import Journal
+from ztunnel.spans import end_span
 
 _log = log.get("app")
 
@@ -65,18 +69,21 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     lifecycle.raise_file_limit()
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
+    tracer = open_tracer(config, "ztunnel", _described(config), registry)
     tcp_metrics = metrics.TcpMetrics(registry)
     access = log.AccessLog()
     readiness = Readiness()
     synced = readiness.task("state manager")
     with Reactor(_report_bug) as reactor:
-        node = _node(config, reactor, authority, Journal(access, tcp_metrics), registry)
+        journal = Journal(access, tcp_metrics, end_span)
+        node = _node(config, reactor, authority, journal, registry, tracer)
         pods = Pods(node, metrics.WorkloadManagerMetrics(registry), readiness)
+        gauges = Gauges(registry, node.secrets, access, pods.pools)
         async with trio.open_nursery() as nursery:
             start = nursery.start_soon
             pages = (
                 (config.readiness_address, readiness_app(readiness)),
-                (config.stats_address, metrics_app(registry)),
+                (config.stats_address, metrics_app(registry, gauges.count)),
                 (config.admin_address, _admin(node, pods, shutdown)),
             )
             doors = trio.CancelScope()
@@ -85,6 +92,8 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             start(access.run)
             start(metrics.expire_idle, tcp_metrics)
             start(metrics.watch_loop_lag, registry)
+            if tracer is not None:
+                start(tracer.run)
             start(node.secrets.run)
             start(node.connections.run)
             has_state = trio.Event()
@@ -96,6 +105,19 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             doors.cancel()
             await pods.drain(config.drain_seconds)
             nursery.cancel_scope.cancel()
+
+
+def _described(config: ZtunnelConfig) -> dict[str, str]:
+    """This proxy as a resource of OpenTelemetry."""
+    facts = {
+        "service.version": __version__,
+        "service.instance.id": config.pod_name,
+        "k8s.pod.name": config.pod_name,
+        "k8s.namespace.name": config.pod_namespace,
+        "k8s.node.name": config.node_name,
+        "k8s.cluster.name": config.cluster_id,
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _endpoints(config: ZtunnelConfig) -> tuple[Endpoint, Endpoint]:
@@ -110,7 +132,12 @@ def _endpoints(config: ZtunnelConfig) -> tuple[Endpoint, Endpoint]:
 
 
 def _node(
-    config: ZtunnelConfig, reactor: Reactor, authority: Endpoint, journal: Journal, registry: Any
+    config: ZtunnelConfig,
+    reactor: Reactor,
+    authority: Endpoint,
+    journal: Journal,
+    registry: Any,
+    tracer: Tracer | None,
 ) -> Node:
     store = Store()
     judges = Judges(store)
@@ -125,6 +152,7 @@ def _node(
         dns_metrics=metrics.DnsMetrics(registry),
         names=Names(config.cluster_domain, config.preferred_namespace),
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
+        tracer=tracer,
     )
 
 
@@ -239,6 +267,7 @@ def _admin(node: Node, pods: Pods, shutdown: Shutdown) -> AdminApp:
         return Response(200, "application/json", text.encode())
 
     app.route("/config_dump", config_dump)
+    Explainer(node, lambda: pods).add_to(app)
     return app
 
 

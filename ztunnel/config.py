@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mesh.runtime.config import setting
 from mesh.runtime.lifecycle import drain_seconds
+from mesh.runtime.tracing import TracingSettings
 
 ISTIOD = "https://istiod.istio-system.svc:15012"
 ROOT_FILE = "./var/run/secrets/istio/root-cert.pem"
@@ -17,7 +18,7 @@ TOKEN_FILE = "./var/run/secrets/tokens/istio-token"  # noqa: S105 - a path, not 
 
 
 @dataclass(frozen=True, slots=True)
-class ZtunnelConfig:
+class ZtunnelConfig(TracingSettings):
     """Settings of one node proxy."""
 
     xds_address: str = setting(env="XDS_ADDRESS", default=ISTIOD, doc="Where xDS is served.")
@@ -115,7 +116,10 @@ class ZtunnelConfig:
     )
     log_level: str = setting(env="LOG_LEVEL", default="info", doc="Level of the log on stderr.")
     log_format: str = setting(
-        env="LOG_FORMAT", default="", doc="`json` or `plain`; by default plain on a terminal."
+        env="LOG_FORMAT",
+        default="",
+        doc="`json` or `plain`; by default plain on a terminal.",
+        choices=("", "json", "plain"),
     )
 
     @property

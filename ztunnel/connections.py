@@ -11,7 +11,7 @@ workload got another identity is cut in both directions: it was opened in anothe
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -83,20 +83,28 @@ class Judges:
 
     def evaluate(self, workload: Workload, context: ConnectionContext) -> Permit | Refusal:
         """Judge a connection to `workload`; what a dry-run policy would refuse is logged."""
+        verdict, would = self.consider(workload, context)
+        if would is not None:
+            _log.info(
+                "dry_run_refusal",
+                policy=would.policy,
+                reason=would.reason,
+                src_identity=str(context.source_identity or ""),
+                src_ip=context.source_ip,
+                dst_workload=workload.uid,
+            )
+        return verdict
+
+    def consider(
+        self, workload: Workload, context: ConnectionContext
+    ) -> tuple[Permit | Refusal, Refusal | None]:
+        """The verdict, and what dry-run policies would refuse of what is permitted."""
         _, judge, rehearsal = self._judge(workload)
         verdict = judge.evaluate(context)
-        if rehearsal is not None and isinstance(verdict, Permit):
-            would = rehearsal.evaluate(context)
-            if isinstance(would, Refusal):
-                _log.info(
-                    "dry_run_refusal",
-                    policy=would.policy,
-                    reason=would.reason,
-                    src_identity=str(context.source_identity or ""),
-                    src_ip=context.source_ip,
-                    dst_workload=workload.uid,
-                )
-        return verdict
+        if rehearsal is None or isinstance(verdict, Refusal):
+            return verdict, None
+        would = rehearsal.evaluate(context)
+        return verdict, would if isinstance(would, Refusal) else None
 
     def forget(self, workload_uid: str) -> None:
         """The workload is no longer served here."""
@@ -150,13 +158,16 @@ class Connections:
         context: ConnectionContext,
     ) -> Tracked:
         """An inbound connection to `workload`; nobody gets in without a Permit."""
-        record.policy = permit.policy
+        record.policy, record.rule = permit.policy, permit.rule
         return self._add(Tracked(record, pod_uid, workload.uid, workload.identity, context))
 
     def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
         """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
-        tracked.record.counters = counters
-        self._journal.opened(tracked.record)
+        record = tracked.record
+        record.counters = counters
+        if record.span is not None:
+            record.span.event("established", trio.current_time())
+        self._journal.opened(record)
 
     async def carry(
         self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
@@ -178,7 +189,8 @@ class Connections:
             cause = tracked.ended_by
             if tracked.scope.cancelled_caught and cause is not None:
                 ending = Ending(cause.flag, cause.reason, cause.hint)
-                tracked.record.policy = cause.policy or tracked.record.policy
+                if cause.policy:
+                    tracked.record.policy, tracked.record.rule = cause.policy, cause.rule
         except MeshError as exc:
             ending = Ending(exc.flag, str(exc), exc.hint)
         finally:
@@ -186,7 +198,7 @@ class Connections:
 
     def refused(self, record: Record, refusal: Refusal) -> None:
         """Write the record of a connection that was never admitted."""
-        record.policy = refusal.policy
+        record.policy, record.rule = refusal.policy, refusal.rule
         ending = Ending(refusal.flag, refusal.reason, refusal.hint)
         self._journal.finished(record, ending, trio.current_time())
 
@@ -240,7 +252,7 @@ class Connections:
             verdict = self._judges.evaluate(workload, tracked.context)
             if isinstance(verdict, Refusal):
                 reason = f"closed due to policy change: {verdict.reason}"
-                tracked.end(Refusal(verdict.flag, reason, verdict.hint, verdict.policy))
+                tracked.end(replace(verdict, reason=reason))
 
     async def _report(self) -> None:
         while True:

@@ -24,6 +24,7 @@ from mesh.model.workload import (
     Workload,
     WorkloadStatus,
 )
+from mesh.runtime import config as settings
 from mesh.secrets import SecretEntry
 from mesh.tls.certificate import summarize
 from ztunnel.config import ZtunnelConfig
@@ -201,8 +202,8 @@ def dump_pods(
 
 
 def dump_config(config: ZtunnelConfig) -> dict[str, Any]:
-    """The settings in force; none of them is a secret (tokens are named by file)."""
-    return {_camel(name): value for name, value in dataclasses.asdict(config).items()}
+    """The settings in force; tokens are named by file, and headers only said to be set."""
+    return {_camel(name): value for name, value in settings.shown(config).items()}
 
 
 def _set(**fields: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+import trio
+
 from mesh import sockets
 from mesh.errors import MeshError, Refusal, RemoteProtocolError, Unavailable
 from mesh.hbone.connection import Tunnel, TunnelConnection
@@ -28,6 +30,7 @@ from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
 from ztunnel.record import Record, baggage_of
+from ztunnel.spans import note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -122,7 +125,7 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
     node = proxy.node
     try:
         connection = tunnel.connection
-        record = proxy.new_record("inbound", tunnel.head.traceparent)
+        record = proxy.new_record("inbound", tunnel.head.traceparent, tunnel.head.connection_id)
         record.source_address = str(connection.peer_address)
         record.destination_address = str(connection.local_address)
         record.hbone_address = tunnel.head.authority
@@ -212,8 +215,10 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None
+    since = trio.current_time()
     upstream = await dial(proxy.namespace, plan.upstream, source=source, on_wait=limit)
     tracked.unlimit()
+    note_dialled(tracked.record, since, trio.current_time())
     return upstream
 
 

@@ -26,6 +26,7 @@ from mesh.hbone.pool import Pool, PoolKey
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime import lifecycle, log
+from mesh.runtime.tracing import Kind
 from mesh.sockets import PROXY_MARK
 from mesh.tls.certificate import Certificate
 from mesh.tls.context import verify_server_peer
@@ -203,10 +204,19 @@ class PodProxy:
             hint="ambit certificates: is the control plane reachable?",
         )
 
-    def new_record(self, direction: Direction, trace: str = "") -> Record:
-        """A record that starts now; `trace` is a W3C traceparent to take the id from."""
+    def new_record(self, direction: Direction, trace: str = "", connection_id: str = "") -> Record:
+        """A record that starts now; `trace` is a W3C traceparent to take the id from, and
+        `connection_id` how hops before us call the connection.
+        """
         number = trace[3:35] if trace else f"{self.node.rng.getrandbits(128):032x}"
-        return Record(number, direction, trio.current_time())
+        record = Record(number, direction, trio.current_time())
+        record.connection_id = connection_id or number
+        tracer = self.node.tracer
+        if tracer is not None:
+            kind: Kind = "client" if direction == "outbound" else "server"
+            name = f"ztunnel {direction}"
+            record.span = tracer.start(name, kind, record.started, number, trace)
+        return record
 
     async def _dial(self, key: PoolKey) -> TunnelConnection:
         node = self.node

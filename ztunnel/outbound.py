@@ -11,6 +11,8 @@ import functools
 import socket
 from typing import TYPE_CHECKING
 
+import trio
+
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
 from mesh.hbone.head import ConnectHead, Forwarded, traceparent
@@ -22,6 +24,7 @@ from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_outbound
 from ztunnel.record import Record, baggage_of
+from ztunnel.spans import note_acquired, note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -72,8 +75,10 @@ async def _passthrough(
     seconds = node.config.connect_timeout_seconds
     tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
+    dialled = trio.current_time()
     upstream = await dial(proxy.namespace, address)
     tracked.unlimit()
+    note_dialled(tracked.record, dialled, trio.current_time())
     relay = PlainRelay(node.reactor, sock, upstream)
     node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
     return await relay.wait_closed()
@@ -99,8 +104,11 @@ async def _tunnel(
         source_ip=record.source_address.rpartition(":")[0].strip("[]"),
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
+    span, asked = record.span, trio.current_time()
     connection = await proxy.pool.acquire(key)
     record.destination_identity = connection.peer
+    if span is not None:
+        note_acquired(span, connection, asked, trio.current_time())
     tunnel = connection.open_tunnel(_head(proxy, source, plan, record))
     response = await tunnel.wait_response()
     tracked.unlimit()
@@ -120,11 +128,15 @@ async def _tunnel(
 
 
 def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record) -> ConnectHead:
-    parent = bytes.fromhex(record.id) + proxy.node.rng.randbytes(8)
+    if record.span is not None:
+        trace = record.span.traceparent
+    else:
+        trace = traceparent(bytes.fromhex(record.id) + proxy.node.rng.randbytes(8))
     host = plan.service.hostname if plan.service is not None else ""
     return ConnectHead(
         authority=plan.authority,
         baggage=baggage_of(source),
         forwarded=Forwarded(record.source_address, host),
-        traceparent=traceparent(parent),
+        traceparent=trace,
+        connection_id=record.connection_id,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def lab() -> None:
     help="Run PROGRAM in the place of a daemon: ztunnel, netconfig or istiod_lite.",
 )
 @click.option("--on", "nodes_on", multiple=True, metavar="NODE", help="Replace only on this node.")
+@click.option(
+    "--otlp",
+    metavar="ENDPOINT",
+    help="Send the node proxies' traces to this OTLP collector, a pod of the lab.",
+)
 @click.option("--detach", "-d", is_flag=True, help="Return when the lab is up; it runs on.")
 def up(
     directory: Path,
@@ -61,6 +67,7 @@ def up(
     name: str,
     replace: tuple[str, ...],
     nodes_on: tuple[str, ...],
+    otlp: str | None,
     detach: bool,
 ) -> None:
     """Start nodes and pods from a directory of YAML, and stay until Ctrl-C or `lab down`.
@@ -73,6 +80,7 @@ def up(
       ambit lab up --dir manifests/examples/shop
       ambit lab up --dir my-yaml --nodes 3 --name second
       ambit lab up --replace "ztunnel=/usr/local/bin/ztunnel proxy ztunnel" --on node2
+      ambit lab up --otlp http://collector.observability.svc.cluster.local:4318
     """
     from mesh.lab.launch import LabSettings, start
 
@@ -82,6 +90,7 @@ def up(
             directory=Path(os.path.realpath(directory)),
             nodes=nodes,
             replace=parse_replacements(replace, nodes_on),
+            environment={"ztunnel": trace_variables(os.environ, otlp)},
             detach=detach,
         )
         running = start(settings, progress=say if sys.stderr.isatty() else None)
@@ -92,6 +101,17 @@ def up(
         say("Ctrl-C or `ambit lab down` ends it")
         code = running.wait()
     sys.exit(code)
+
+
+def trace_variables(environ: Mapping[str, str], endpoint: str | None) -> dict[str, str]:
+    """What the node proxies are told about traces: nothing without an endpoint, else it and the
+    caller's own OTEL_* variables.
+    """
+    if endpoint is None:
+        return {}
+    told = {name: value for name, value in environ.items() if name.startswith("OTEL_")}
+    told.pop("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None)
+    return {**told, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
 
 
 def parse_replacements(

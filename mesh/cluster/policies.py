@@ -83,6 +83,15 @@ class Rule:
     operations: tuple[Operation, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
+    @property
+    def needs_http(self) -> bool:
+        """Whether some part of it can be judged by an HTTP proxy only."""
+        return (
+            any(each.l7 for each in self.sources)
+            or any(each.l7 for each in self.operations)
+            or any(each.key not in L4_CONDITIONS for each in self.conditions)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TargetRef:

@@ -278,11 +278,15 @@ def readiness_app(readiness: Readiness, path: str = "/healthz/ready") -> AdminAp
     return app
 
 
-def metrics_app(registry: CollectorRegistry) -> AdminApp:
-    """What Prometheus scrapes: `/metrics` and `/stats/prometheus`."""
+def metrics_app(registry: CollectorRegistry, count: Callable[[], None] = lambda: None) -> AdminApp:
+    """What Prometheus scrapes: `/metrics` and `/stats/prometheus`.
+
+    `count` is called before, in the event loop: there it may look at what lives there.
+    """
     app = AdminApp("metrics")
 
     async def scrape(request: Request) -> Response:
+        count()
         accept = request.headers.get("accept", "")
         body, content_type = await trio.to_thread.run_sync(
             partial(metrics.render, registry, accept)

@@ -63,8 +63,12 @@ class ResourceStore(Protocol):
 class Observer(Protocol):
     """Counts what happens, as `mesh.runtime.metrics.XdsMetrics` does."""
 
+    def connected(self) -> None:
+        """A connection is open."""
+        ...
+
     def terminated(self, reason: Reason) -> None:
-        """A connection ended."""
+        """A connection ended, or could not be opened."""
         ...
 
     def message(self, url: str, size_bytes: int) -> None:
@@ -157,6 +161,8 @@ async def run_xds(
         try:
             async with channel_factory() as channel:
                 is_connected = True
+                if observer is not None:
+                    observer.connected()
                 report("xds_connected", {})
                 await shell.converse(channel)
         except MeshError as exc:

@@ -27,7 +27,7 @@ async def read_line(stream: trio.SocketStream) -> str:
 
 async def ask(stream: trio.SocketStream, payload: bytes) -> tuple[str, bytes]:
     """(our address as the application saw it, the echo), with a half-close in between."""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with stream:
             seen = await read_line(stream)
             async with trio.open_nursery() as nursery:
@@ -45,7 +45,7 @@ async def ask(stream: trio.SocketStream, payload: bytes) -> tuple[str, bytes]:
 
 async def is_reset(stream: trio.SocketStream) -> bool:
     """Whether the connection ends with RST, before any byte."""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with stream:
             try:
                 return await stream.receive_some(1) == b"never"
@@ -56,7 +56,7 @@ async def is_reset(stream: trio.SocketStream) -> bool:
 async def read_to_end(stream: trio.SocketStream) -> bytes:
     """Everything until the connection ends, one way or the other."""
     heard = b""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with stream:
             try:
                 async for data in stream:

@@ -68,7 +68,7 @@ class Notes:
 
     async def wait(self, **expected: object) -> dict[str, object]:
         """The first line with these values (`direction="inbound"`, ...)."""
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while True:
                 for line in self.lines:
                     if all(line.get(name) == value for name, value in expected.items()):
@@ -108,7 +108,7 @@ class CapturedPod:
         sock.setblocking(False)
         return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
-    async def connect(self, host: str, port: int, *, seconds: float = 5.0) -> trio.SocketStream:
+    async def connect(self, host: str, port: int, *, seconds: float = 30.0) -> trio.SocketStream:
         """An application in the pod that dials."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with netns.inside(self.fd):

@@ -38,11 +38,11 @@ class Agent:
     sessions: trio.MemoryReceiveChannel[Session]
 
     async def session(self) -> Session:
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             return await self.sessions.receive()
 
     async def is_ready(self, expected: bool) -> None:
-        with trio.fail_after(8):
+        with trio.fail_after(30):
             while bool(self.readiness.pending()) is expected:
                 await trio.sleep(0.01)
 
@@ -199,7 +199,7 @@ async def test_without_a_keeper_two_proxies_may_overlap(tmp_path: Path) -> None:
         assert await session.add(add("a", pod.fd)) is None
         sockets.open_listener(15001, namespace=pod.fd, shares_port=True).close()
         await each.pods.drain(0)
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             while is_listening(pod.fd, 15001):
                 await trio.sleep(0.01)
 
