@@ -34,12 +34,13 @@ _log = log.get(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClientStatus:
-    """One connected client, for listings; `connected_at` is on trio's clock."""
+    """One connected client, for listings; times are on trio's clock."""
 
     node: ClientNode | None
     peer: str
     account: str
     connected_at: float
+    answered_at: float
     types: Mapping[str, TypeStatus]
 
 
@@ -49,6 +50,7 @@ class _Client:
     peer: str
     account: str
     connected_at: float
+    answered_at: float
     wake: trio.Event
 
 
@@ -89,6 +91,7 @@ class AdsService:
                 peer=client.peer,
                 account=client.account,
                 connected_at=client.connected_at,
+                answered_at=client.answered_at,
                 types=client.state.status(),
             )
             for client in self._clients
@@ -130,6 +133,7 @@ class AdsService:
             peer=str(call.peer),
             account=caller.account if caller is not None else "",
             connected_at=trio.current_time(),
+            answered_at=trio.current_time(),
             wake=trio.Event(),
         )
         self._clients.append(client)
@@ -198,6 +202,7 @@ class AdsService:
                     type=request.type_url[:200],
                     reason=request.error_detail.message[:1000],
                 )
+            client.answered_at = trio.current_time()
             client.wake.set()
             self._on_answer()
 

@@ -57,6 +57,7 @@ class TypeStatus:
     acked: str
     nacks: int
     last_nack: str
+    refused: int = 0
 
 
 class Holding(enum.Enum):
@@ -191,6 +192,7 @@ class ClientState:
                 acked=subscription.acked,
                 nacks=subscription.nacks,
                 last_nack=subscription.last_nack,
+                refused=len(subscription.refused),
             )
             for type_url, subscription in self._types.items()
         }
