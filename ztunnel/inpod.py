@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 import trio
@@ -70,6 +71,9 @@ class PodProxy:
         self.forwarder = Forwarder(node.dns_servers, namespace, node.rng)
         self.windows = WindowBudget(parent=node.windows)
         self.inbound_connections: set[TunnelConnection] = set()
+        self.handshakes: Counter[str] = Counter()
+        """TLS handshakes in flight on 15008, by source address."""
+        self.inbound_tunnels = 0
         self.pool: Pool
         self.nursery: trio.Nursery
         self.is_draining = False

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
-from mesh.hbone.head import ConnectHead, Forwarded, traceparent
+from mesh.hbone.connection import Tunnel
+from mesh.hbone.head import ConnectHead, ConnectResponse, Forwarded, traceparent
 from mesh.hbone.pool import PoolKey
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.model.workload import Workload
@@ -99,10 +100,7 @@ async def _tunnel(
         source_ip=record.source_address.rpartition(":")[0].strip("[]"),
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
-    connection = await proxy.pool.acquire(key)
-    record.destination_identity = connection.peer
-    tunnel = connection.open_tunnel(_head(proxy, source, plan, record))
-    response = await tunnel.wait_response()
+    tunnel, response = await _connect(proxy, key, _head(proxy, source, plan, record), record)
     tracked.unlimit()
     if response.status in _STATUS_DENIED:
         raise Denied(
@@ -117,6 +115,24 @@ async def _tunnel(
     tunnel.relay(sock)
     node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
     return await tunnel.wait_closed()
+
+
+async def _connect(
+    proxy: PodProxy, key: PoolKey, head: ConnectHead, record: Record
+) -> tuple[Tunnel, ConnectResponse]:
+    """A tunnel and the answer to its CONNECT. Only what the peer surely did not look at, as it
+    was going away or full, is sent once more, on another connection (RFC 9113 section 8.7).
+    """
+    for may_try_again in (True, True, False):
+        connection = await proxy.pool.acquire(key)
+        record.destination_identity = connection.peer
+        tunnel = connection.open_tunnel(head)
+        try:
+            return tunnel, await tunnel.wait_response()
+        except Unavailable:
+            if not (tunnel.was_refused and may_try_again):
+                raise
+    raise AssertionError
 
 
 def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record) -> ConnectHead:
