@@ -30,7 +30,7 @@ from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
 from ztunnel.record import Record, baggage_of
-from ztunnel.spans import note_dialled
+from ztunnel.spans import note_accepted, note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -134,6 +134,8 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
         record.source_identity, record.peer_baggage = connection.peer, tunnel.head.baggage
         if tunnel.head.forwarded is not None:
             record.original_destination = tunnel.head.forwarded.host
+        if record.span is not None:
+            note_accepted(record.span, connection)
         verdict = _admit_tunnel(proxy, record, own, tunnel)
         if isinstance(verdict, Refusal):
             tunnel.refuse(verdict.http_status)

@@ -39,6 +39,13 @@ def note_acquired(span: Span, connection: Dialled, asked: float, now: float) -> 
     span.event("pool.acquired", now)
 
 
+def note_accepted(span: Span, connection: Dialled) -> None:
+    """The tunnel came in over `connection`; its first one is told what the handshake took."""
+    if connection.handshake_seconds:
+        span.attributes["ambit.handshake_seconds"] = round(connection.handshake_seconds, 6)
+        connection.handshake_seconds = 0.0
+
+
 def note_dialled(record: Record, since: float, now: float) -> None:
     """The far end of a plain connection answered at `now`, dialled at `since` (trio times)."""
     if record.span is not None:
