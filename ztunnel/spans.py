@@ -46,10 +46,9 @@ def note_accepted(span: Span, connection: Dialled) -> None:
         connection.handshake_seconds = 0.0
 
 
-def note_dialled(record: Record, since: float, now: float) -> None:
-    """The far end of a plain connection answered at `now`, dialled at `since` (trio times)."""
-    if record.span is not None:
-        record.span.attributes["ambit.dial_seconds"] = round(now - since, 6)
+def note_dialled(span: Span, asked: float, now: float) -> None:
+    """The far end of a plain connection answered at `now`, dialled at `asked` (trio times)."""
+    span.attributes["ambit.dial_seconds"] = round(now - asked, 6)
 
 
 def attributes(record: Record, ending: Ending) -> dict[str, Attribute]:
