@@ -31,7 +31,7 @@ from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
 from ztunnel.record import Record, baggage_of
-from ztunnel.spans import note_dialled
+from ztunnel.spans import note_accepted, note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -163,6 +163,8 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
         record.source_identity, record.peer_baggage = connection.peer, tunnel.head.baggage
         if tunnel.head.forwarded is not None:
             record.original_destination = tunnel.head.forwarded.host
+        if record.span is not None:
+            note_accepted(record.span, connection)
         verdict = _admit_tunnel(proxy, record, own, tunnel)
         if isinstance(verdict, Refusal):
             tunnel.refuse(verdict.http_status)
@@ -251,12 +253,14 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None
-    since = trio.current_time()
+    span = tracked.record.span
+    asked = 0.0 if span is None else trio.current_time()
     upstream = await dial(
         proxy.namespace, plan.upstream, proxy.nursery, source=source, on_wait=limit
     )
     tracked.unlimit()
-    note_dialled(tracked.record, since, trio.current_time())
+    if span is not None:
+        note_dialled(span, asked, trio.current_time())
     return upstream
 
 

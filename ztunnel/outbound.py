@@ -77,10 +77,12 @@ async def _passthrough(
     seconds = node.config.connect_timeout_seconds
     tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
-    dialled = trio.current_time()
+    span = tracked.record.span
+    asked = 0.0 if span is None else trio.current_time()
     upstream = await dial(proxy.namespace, address, proxy.nursery)
     tracked.unlimit()
-    note_dialled(tracked.record, dialled, trio.current_time())
+    if span is not None:
+        note_dialled(span, asked, trio.current_time())
     relay = PlainRelay(node.reactor, sock, upstream)
     node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
     return await relay.wait_closed()
@@ -131,7 +133,7 @@ async def _connect(
     was going away or full, is sent once more, on another connection (RFC 9113 section 8.7).
     """
     for may_try_again in (True, True, False):
-        asked = trio.current_time()
+        asked = 0.0 if record.span is None else trio.current_time()
         # Picked here and not by the task that waits, so that the pool's counts are true.
         while (connection := proxy.pool.acquire_nowait(key)) is None:
             await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
