@@ -111,18 +111,20 @@ class Tunnel:
         self.connection.touch()
         self.finish(f"refused with {status}")
 
-    def relay(self, sock: socket.socket, *, has_spoken: bool = True) -> None:
+    def relay(
+        self, sock: socket.socket, *, has_spoken: bool = True, is_reset_on_close: bool = False
+    ) -> None:
         """Start the fast path between `sock` and the tunnel.
 
         `sock` is connected and non-blocking; it belongs to the relay from here on and is
         closed by it, also when the tunnel is already gone. `has_spoken` says that something is
-        probably there to be read.
+        probably there to be read, `is_reset_on_close` that its close would send RST already.
         """
         if self.is_closed:
             reset_on_close(sock)
             sock.close()
             return
-        end = SocketEnd(self, sock, self.connection.reactor)
+        end = SocketEnd(self, sock, self.connection.reactor, is_reset_on_close=is_reset_on_close)
         self.attach(end)
         if has_spoken:
             end.on_readable()
