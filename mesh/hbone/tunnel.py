@@ -8,6 +8,7 @@ here, uncredited, so at most one stream window of them.
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,6 +30,11 @@ from mesh.sockets import reset_on_close
 
 if TYPE_CHECKING:
     from mesh.hbone.connection import TunnelConnection
+
+
+@functools.lru_cache(maxsize=256)
+def _response_block(status: int, baggage: Baggage | None) -> bytes:
+    return encode_block(encode_response(ConnectResponse(status, baggage)))
 
 
 class Tunnel:
@@ -96,7 +102,7 @@ class Tunnel:
     def respond(self, status: int = 200, *, baggage: Baggage | None = None) -> None:
         """Server: accept. Nothing happens when the tunnel is already gone (`is_closed`)."""
         if not self.is_closed:
-            block = encode_block(encode_response(ConnectResponse(status, baggage)))
+            block = _response_block(status, baggage)
             self.connection.core.send_headers(self._stream, block)
             self.connection.touch()
 
@@ -105,7 +111,7 @@ class Tunnel:
         if self.is_closed:
             return
         core = self.connection.core
-        block = encode_block(encode_response(ConnectResponse(status)))
+        block = _response_block(status, None)
         core.send_headers(self._stream, block, end_stream=True)
         core.reset(self._stream, h2.NO_ERROR)
         self.connection.touch()
