@@ -475,10 +475,10 @@ def test_uninstalling_refuses_to_cut_pods_off(installed: KubeServer) -> None:
     assert "demo" in refused.stderr
     content = "application/merge-patch+json"
     patch = {"metadata": {"labels": {"istio.io/dataplane-mode": None}}}
-    installed.request("PATCH", "/api/v1/namespaces/demo", patch, content=content)
-    done = ambit(installed, "uninstall")
-    assert done.returncode == 0, done.stderr
     try:
+        installed.request("PATCH", "/api/v1/namespaces/demo", patch, content=content)
+        done = ambit(installed, "uninstall")
+        assert done.returncode == 0, done.stderr
         _check_uninstalled(installed)
     finally:
         # For the tests that come after this one.
