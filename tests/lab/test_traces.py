@@ -7,11 +7,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.labs import TestLab, eventually, running_lab
-from tests.support.otlp import ROTEL, Received, decode
+from tests.support.otlp import ROTEL, Received, Receiver, decode, running_rotel
 from tests.support.tree import ROOT
 
 pytestmark = [pytest.mark.lab, pytest.mark.interop, pytest.mark.timeout(180)]
@@ -33,12 +35,16 @@ DENY = {
 }
 
 
+def collector_objects() -> list[dict[str, Any]]:
+    text = (DATA / "traces" / "collector.yaml").read_text().replace("ROTEL", str(ROTEL))
+    return list(yaml.safe_load_all(text))
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestLab]:
     directory = tmp_path_factory.mktemp("traces")
     shutil.copy(DATA / "echo" / "echo.yaml", directory)
-    collector = (DATA / "traces" / "collector.yaml").read_text().replace("ROTEL", str(ROTEL))
-    (directory / "collector.yaml").write_text(collector)
+    (directory / "collector.yaml").write_text(yaml.safe_dump_all(collector_objects()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         endpoint = "http://collector.observability.svc.cluster.local:4318"
@@ -119,9 +125,23 @@ def test_a_denied_connection_names_its_policy_at_the_end_that_denied(lab: TestLa
     lab.client.delete("AuthorizationPolicy", "echo", "nobody")
 
 
-def test_traffic_goes_on_when_the_collector_dies(lab: TestLab) -> None:
+@pytest.fixture
+def no_collector(lab: TestLab) -> Iterator[None]:
+    manifest = next(each for each in collector_objects() if each["kind"] == "Pod")
     lab.client.delete("Pod", "observability", "collector")
+    yield
+    lab.client.apply(manifest)
 
+    def serves() -> None:
+        pods = lab.client.get("Pod", "observability", "collector")
+        conditions = [each for pod in pods for each in pod["status"].get("conditions", ())]
+        assert "True" in [each["status"] for each in conditions if each["type"] == "Ready"]
+
+    eventually(serves, seconds=60)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_traffic_goes_on_when_the_collector_dies(lab: TestLab) -> None:
     def served() -> None:
         assert lab.python("echo/caller", ASK) == "12"
 
@@ -137,3 +157,24 @@ def test_traffic_goes_on_when_the_collector_dies(lab: TestLab) -> None:
         assert float(failed[0].split()[-1]) > 0
 
     eventually(counted, seconds=60)
+
+
+def test_a_collector_of_this_machine_over_grpc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Receiver() as receiver, running_rotel(receiver.url, tmp_path) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        with running_lab(DATA / "echo", name="test-traces-out") as lab:
+
+            def traced() -> None:
+                assert lab.python("echo/caller", ASK) == "12"
+                nodes = {each.resource["k8s.node.name"] for each in receiver.spans}
+                assert nodes == {"node1", "node2"}
+
+            eventually(traced, seconds=60)
+    by_id = {each.span_id: each for each in receiver.spans}
+    joined = [each for each in receiver.spans if each.parent_id in by_id]
+    assert joined
+    assert all(each.name == "ztunnel inbound" for each in joined)
