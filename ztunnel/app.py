@@ -27,6 +27,7 @@ import trio
 
 from mesh import __version__
 from mesh.errors import ConfigError, KernelError
+from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
 from mesh.runtime import lifecycle, log, metrics
@@ -153,6 +154,7 @@ def _node(
         names=Names(config.cluster_domain, config.preferred_namespace),
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
         tracer=tracer,
+        windows=WindowBudget(config.window_budget_bytes),
     )
 
 

@@ -94,6 +94,11 @@ class ZtunnelConfig(TracingSettings):
         default=8192,
         doc="Connections one pod may have open, per direction.",
     )
+    window_budget_bytes: int = setting(
+        env="RECEIVE_WINDOW_BUDGET",
+        default=64 << 20,
+        doc="Receive window for all tunnels together, in bytes, beyond the first 256 KiB of each.",
+    )
     connect_timeout_seconds: float = setting(
         env="CONNECT_TIMEOUT", default=10.0, doc="For TCP connections that we open."
     )

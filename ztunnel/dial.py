@@ -10,6 +10,7 @@ from collections.abc import Callable
 import trio
 
 from mesh.errors import KernelError, Unavailable
+from mesh.fiber import in_task
 from mesh.sockets import SocketAddress, open_outgoing
 
 _HINTS = {
@@ -22,6 +23,7 @@ _HINTS = {
 async def dial(
     namespace: int,
     destination: SocketAddress,
+    nursery: trio.Nursery | None = None,
     *,
     source: str | None = None,
     on_wait: Callable[[], None] | None = None,
@@ -30,7 +32,7 @@ async def dial(
     `source` address. The socket is non-blocking and carries the proxy's mark.
 
     Raises Unavailable. The caller's cancel scope is the timeout; `on_wait` is called before
-    the first wait, when there is one. If cancelled: closed.
+    the first wait, when there is one; a fiber waits in a task of `nursery`. If cancelled: closed.
     """
     try:
         sock = open_outgoing(destination.ip, namespace=namespace, source=source)
@@ -41,7 +43,7 @@ async def dial(
         if error == errno.EINPROGRESS and not _is_connected(sock):
             if on_wait is not None:
                 on_wait()
-            await trio.lowlevel.wait_writable(sock)
+            await in_task(nursery, trio.lowlevel.wait_writable, sock)
         if error == errno.EINPROGRESS:
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:

@@ -23,7 +23,6 @@ from mesh.hbone.head import parse_authority
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
-from mesh.runtime import lifecycle
 from mesh.sockets import SocketAddress
 from mesh.tls.context import verify_client_peer
 from ztunnel.connections import Tracked
@@ -98,6 +97,7 @@ async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
             node.contexts.server(certificate),
             verify=lambda leaf: verify_client_peer(leaf, trust_domain),
             on_tunnel=functools.partial(_start_tunnel, proxy, workload.identity),
+            budget=proxy.windows,
         )
     except (MeshError, OSError) as exc:
         # Before there is a tunnel this line is all that anybody will ever see of it.
@@ -114,7 +114,7 @@ async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
 
 
 def _start_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
-    proxy.nursery.start_soon(lifecycle.guard, "tunnel", _serve_tunnel, proxy, own, tunnel)
+    proxy.fibers.start(_serve_tunnel(proxy, own, tunnel))
 
 
 async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
@@ -216,7 +216,9 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
 
     source = plan.spoofed_source if config.keeps_source_address else None
     since = trio.current_time()
-    upstream = await dial(proxy.namespace, plan.upstream, source=source, on_wait=limit)
+    upstream = await dial(
+        proxy.namespace, plan.upstream, proxy.nursery, source=source, on_wait=limit
+    )
     tracked.unlimit()
     note_dialled(tracked.record, since, trio.current_time())
     return upstream

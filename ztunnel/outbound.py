@@ -15,6 +15,7 @@ import trio
 
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
+from mesh.fiber import in_task
 from mesh.hbone.head import ConnectHead, Forwarded, traceparent
 from mesh.hbone.pool import PoolKey
 from mesh.hbone.relay import PlainRelay, RelayResult
@@ -76,7 +77,7 @@ async def _passthrough(
     tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
     dialled = trio.current_time()
-    upstream = await dial(proxy.namespace, address)
+    upstream = await dial(proxy.namespace, address, proxy.nursery)
     tracked.unlimit()
     note_dialled(tracked.record, dialled, trio.current_time())
     relay = PlainRelay(node.reactor, sock, upstream)
@@ -88,7 +89,8 @@ async def _resolve(proxy: PodProxy, hop: NextHop, tracked: Tracked) -> SocketAdd
     if not hop.is_hostname:
         return SocketAddress(hop.host, hop.port)
     wants_v6 = tracked.record.source_address.startswith("[")
-    addresses = await proxy.forwarder.resolve(hop.host, wants_v6=wants_v6)
+    resolve = functools.partial(proxy.forwarder.resolve, hop.host, wants_v6=wants_v6)
+    addresses = await in_task(proxy.nursery, resolve)
     return SocketAddress(proxy.node.rng.choice(addresses), hop.port)
 
 
@@ -105,7 +107,9 @@ async def _tunnel(
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
     span, asked = record.span, trio.current_time()
-    connection = await proxy.pool.acquire(key)
+    # Picked here and not by the task that waits, so that the pool's counts are true.
+    while (connection := proxy.pool.acquire_nowait(key)) is None:
+        await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
     record.destination_identity = connection.peer
     if span is not None:
         note_acquired(span, connection, asked, trio.current_time())

@@ -12,9 +12,8 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import trio
-
 from mesh.errors import LocalProtocolError, MeshError, Unavailable
+from mesh.fiber import Signal
 from mesh.hbone.head import (
     Baggage,
     ConnectHead,
@@ -71,8 +70,8 @@ class Tunnel:
         self._early_stop = False
         self._response: ConnectResponse | None = None
         self._error: str | None = None
-        self._answered = trio.Event()
-        self._closed = trio.Event()
+        self._answered = Signal()
+        self._closed = Signal()
 
     # ---- for the owner
 
@@ -84,7 +83,7 @@ class Tunnel:
         """
         try:
             await self._answered.wait()
-        except trio.Cancelled:
+        except BaseException:  # cancelled, as a task or as a fiber
             self.reset(reason="cancelled")
             raise
         if self._response is None:
@@ -204,6 +203,10 @@ class Tunnel:
         """Our orderly end. Idempotent."""
         self.connection.core.end(self._stream)
         self.connection.touch()
+
+    def lag(self) -> None:
+        """The local end does not take what is delivered as it comes."""
+        self._stream.lagged = True
 
     def credit(self, count: int) -> None:
         """`count` delivered bytes were consumed."""
