@@ -43,10 +43,10 @@ from mesh.runtime.lifecycle import Shutdown
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.sockets import open_listener
 from mesh.xds.client import TYPES, NodeInfo, run_xds
+from mesh.xds.endpoint import Endpoint, parse_address
 from ztunnel import dump
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Connections, Judges
-from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
 from ztunnel.monitoring import Gauges

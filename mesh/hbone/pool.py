@@ -152,6 +152,11 @@ class Pool:
             if dial.error is not None:
                 raise copy.copy(dial.error) from dial.error
 
+    def acquire_nowait(self, key: PoolKey) -> TunnelConnection | None:
+        """As `acquire`, if no dial is needed; None when one is. Never raises."""
+        group = None if self._is_closed else self._groups.get(key)
+        return self._pick(group) if group is not None else None
+
     async def drain(self, deadline_seconds: float) -> None:
         """GOAWAY everywhere, wait for the tunnels until the deadline, then close_all()."""
         self._stop()
