@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import socket
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import trio
@@ -44,7 +46,7 @@ from mesh.xds.client import NodeInfo, run_xds
 from mesh.xds.endpoint import Endpoint, parse_address
 from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
-from waypoint.assemble import make_filters, make_route_filter
+from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
 from waypoint.inbound import Inbounds
 from waypoint.proxy import Proxy
@@ -72,7 +74,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
     secrets = SecretManager(
         lambda each: fetch_certificate(authority.open, each, ttl, impersonate=False)
     )
-    store = TrafficStore(config.gateway, make_filters, make_route_filter)
+    assembly = Assembly(_now, random.Random())  # noqa: S311 - draws faults, guards nothing
+    store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:
             journal = Journal(access, HttpMetrics(registry))
@@ -260,3 +263,7 @@ def _admin(proxy: Proxy, shutdown: Shutdown) -> AdminApp:
 
 def _report_bug(error: Exception, where: object) -> None:
     lifecycle.report_bug(f"reactor: {type(where).__name__}", error)
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
