@@ -2,13 +2,10 @@
 
     app.serve
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
-<<<<<<< HEAD
     ├─ seat.write              on one replica only:
-    │  └─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
-=======
-    ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
-    ├─ waypoint_writer.run     ServiceAccount, Service, Deployment of each waypoint Gateway
->>>>>>> controller
+    │  ├─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
+    │  ├─ waypoint_writer.run  ServiceAccount, Service, Deployment of each waypoint Gateway
+    │  └─ status_writer.run    conditions of Gateways, routes, Services, policies
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -36,6 +33,7 @@ from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
 from istiod_lite.seat import Seat
+from istiod_lite.status_writer import StatusWriter
 from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
@@ -73,9 +71,15 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
     registry = metrics.new_registry("istiod", mesh.__version__)
     index = ClusterIndex(config.mesh())
     authenticator = seat.authenticator()
-    ads = AdsService(authenticator)
+    ads = AdsService(authenticator, on_answer=lambda: status.look())
+    status = StatusWriter(index, ads, _now)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
-    publisher = Publisher(index, ads, registry, on_push=root.look)
+
+    def on_push() -> None:
+        root.look()
+        status.look()
+
+    publisher = Publisher(index, ads, registry, on_push=on_push)
     counts = Counts(registry, index, ads, publisher.findings)
     readiness = Readiness()
     tasks = {name: readiness.task(name) for name in ("cluster", "root certificate", "xds")}
@@ -94,7 +98,7 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         tasks["cluster"].done()
         published = tasks["root certificate"].done
         waypoints = WaypointWriter(config.waypoints())
-        writing = partial(_write, cluster, root, waypoints, published)
+        writing = partial(_write, cluster, root, waypoints, status, published)
         nursery.start_soon(seat.write, writing, published)
         certificates = CertificateService(
             authority,
@@ -114,12 +118,14 @@ async def _write(
     cluster: Cluster,
     root: RootCertificate,
     waypoints: WaypointWriter,
+    status: StatusWriter,
     published: Callable[[], None],
 ) -> None:
     """What one controller of all writes, for ever."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(root.run, cluster, published)
         nursery.start_soon(waypoints.run, cluster)
+        nursery.start_soon(status.run, cluster)
 
 
 async def _serve_calls(

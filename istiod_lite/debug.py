@@ -1,5 +1,6 @@
 """What the controller shows of itself: who is connected and in step, what it says, what it found.
 
+/debug/versionz    this controller's version
 /debug/syncz       each client, and per type what it was sent, acknowledged and refused
 /debug/workloadz   the workloads, services and policies that are told, as values
 /debug/trafficz    what each waypoint is told for each service
@@ -17,6 +18,7 @@ import trio
 
 from istiod_lite.ads import AdsService, ClientStatus
 from istiod_lite.index import ClusterIndex
+from mesh import __version__
 from mesh.cluster.api import Cluster, Object, Put, Source, Synced
 from mesh.cluster.validate import Finding, check
 from mesh.model.authorization import Authorization
@@ -43,10 +45,15 @@ class DebugPages:
 
     def add_to(self, app: AdminApp) -> None:
         """Route them."""
+        app.route("/debug/versionz", self.versionz)
         app.route("/debug/syncz", self.syncz)
         app.route("/debug/workloadz", self.workloadz)
         app.route("/debug/trafficz", self.trafficz)
         app.route("/debug/findings", self.findings)
+
+    async def versionz(self, _request: Request) -> Response:
+        """Which program this is."""
+        return Response.json({"version": __version__})
 
     async def syncz(self, _request: Request) -> Response:
         """The clients."""
@@ -107,7 +114,10 @@ def _client(status: ClientStatus, now: float) -> dict[str, Any]:
         "nodeName": node.node_name if node else "",
         "peer": status.peer,
         "account": status.account,
+        "proxyType": node.proxy_type if node else "",
+        "version": _version(node.metadata) if node else "",
         "connectedSeconds": round(now - status.connected_at, 3),
+        "answeredSeconds": round(now - status.answered_at, 3),
         "types": {
             type_url.rpartition("/")[2]: {
                 "wildcard": each.is_wildcard,
@@ -117,11 +127,16 @@ def _client(status: ClientStatus, now: float) -> dict[str, Any]:
                 "acked": each.acked,
                 "nacks": each.nacks,
                 "lastNack": each.last_nack,
-                "inSync": not each.pending and not each.in_flight,
+                "refused": each.refused,
+                "inSync": not each.pending and not each.in_flight and not each.refused,
             }
             for type_url, each in status.types.items()
         },
     }
+
+
+def _version(metadata: Mapping[str, str]) -> str:
+    return metadata.get("AMBIT_VERSION") or metadata.get("ISTIO_VERSION", "")
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -76,6 +76,15 @@ class ClusterIndex:
 
     # -- what others ask -----------------------------------------------------------------
 
+    @property
+    def inventory(self) -> Inventory:
+        """The objects themselves."""
+        return self._inventory
+
+    def problems(self, ref: Ref) -> tuple[Finding, ...]:
+        """What is wrong or odd about one object."""
+        return self._findings.get(ref, ())
+
     def pod(self, namespace: str, name: str) -> Pod | None:
         """The pod of that name."""
         return self._inventory.get(Pod, namespace, name)

@@ -13,6 +13,7 @@ when it is unknown or is not the name of a resource (clients wait for the key it
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -56,6 +57,29 @@ class TypeStatus:
     acked: str
     nacks: int
     last_nack: str
+    refused: int = 0
+
+
+class Holding(enum.Enum):
+    """How far one resource is with one client."""
+
+    HELD = "held"
+    PENDING = "pending"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of `total` proxies `held` have acknowledged something; `refusal` is what one said."""
+
+    held: int
+    total: int
+    refusal: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are proxies, and all of them have it."""
+        return 0 < self.total == self.held
 
 
 @dataclass(slots=True)
@@ -68,6 +92,9 @@ class _Subscription:
     unanswered: set[str] = field(default_factory=set)
     is_first: bool = True
     in_flight: str = ""
+    # Names in the response that is in flight, and those of refused ones with their versions.
+    unconfirmed: frozenset[str] = frozenset()
+    refused: dict[str, str] = field(default_factory=dict)
     acked: str = ""
     nacks: int = 0
     last_nack: str = ""
@@ -98,11 +125,16 @@ class ClientState:
             return
         if request.response_nonce and request.response_nonce == subscription.in_flight:
             subscription.in_flight = ""
+            for name in subscription.unconfirmed:
+                subscription.refused.pop(name, None)
             if request.HasField("error_detail"):
                 subscription.nacks += 1
                 subscription.last_nack = request.error_detail.message[:MAX_NACK_TEXT]
+                sent = subscription.sent
+                subscription.refused |= {n: sent[n] for n in subscription.unconfirmed if n in sent}
             else:
                 subscription.acked = request.response_nonce
+            subscription.unconfirmed = frozenset()
         if request.resource_names_subscribe or request.resource_names_unsubscribe:
             self._change(subscription, request)
             self._mark_all(request.type_url, subscription)
@@ -132,6 +164,23 @@ class ClientState:
         found = (self._respond(type_url, self._snapshot) for type_url in known + others)
         return [response for response in found if response is not None]
 
+    def holds(self, type_url: str, name: str) -> Holding | None:
+        """Whether the client has the resource as it is now; None if it did not ask for the type."""
+        subscription = self._types.get(type_url)
+        if subscription is None or self._snapshot is None:
+            return None
+        current = self._snapshot.of(type_url).get(name)
+        version = current.version if current is not None else None
+        if version is not None and subscription.refused.get(name) == version:
+            return Holding.REFUSED
+        is_held = subscription.sent.get(name) == version and name not in subscription.unconfirmed
+        return Holding.HELD if is_held else Holding.PENDING
+
+    def refusal(self, type_url: str) -> str:
+        """What the client said when it refused something last."""
+        subscription = self._types.get(type_url)
+        return subscription.last_nack if subscription is not None else ""
+
     def status(self) -> dict[str, TypeStatus]:
         """The standing of each type, for listings."""
         return {
@@ -143,6 +192,7 @@ class ClientState:
                 acked=subscription.acked,
                 nacks=subscription.nacks,
                 last_nack=subscription.last_nack,
+                refused=len(subscription.refused),
             )
             for type_url, subscription in self._types.items()
         }
@@ -231,6 +281,9 @@ class ClientState:
         self._nonce += 1
         subscription.is_first = False
         subscription.in_flight = f"{self._nonce:x}"
+        subscription.unconfirmed = frozenset((*(each.name for each in updated), *removed))
+        for name in removed:
+            subscription.refused.pop(name, None)
         response = DeltaDiscoveryResponse(
             type_url=type_url,
             nonce=subscription.in_flight,

@@ -10,7 +10,7 @@ waypoint: a waypoint that has none for a service does not know its policy yet an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from istiod_lite import bindings, guards, l7_policies, routes
@@ -49,6 +49,7 @@ class TrafficIndex:
         self.waypoints: dict[Ref, Waypoint] = {}
         self.bindings: dict[Ref, Binding] = {}
         self.outcomes: dict[Ref, routes.Outcome] = {}
+        self.with_policy: set[Ref] = set()
         self.guards: dict[Ref, dict[guards.Ports, Authorization]] = {}
         self._mesh = mesh
         self._inventory = inventory
@@ -59,6 +60,26 @@ class TrafficIndex:
         self._broken: dict[Ref, str] = {}
         self._keys: dict[Ref, str] = {}
         self._changed = False
+
+    def config_key(self, service: Ref) -> str:
+        """The name of the service's TrafficConfig, empty without one."""
+        return self._keys.get(service, "")
+
+    def users(self, gateway: Ref) -> tuple[Ref, ...]:
+        """The services and pods that name a Gateway."""
+        return self._users.to(gateway)
+
+    def parents_of(self, route: Ref) -> tuple[Ref, ...]:
+        """The Services that a route names as parents."""
+        return self._parents.of(route)
+
+    def targets(self, policy: Ref) -> tuple[Ref, ...]:
+        """What a policy is attached to, whether it exists or not."""
+        return self._targets.of(policy)
+
+    def unreadable(self) -> Mapping[Ref, str]:
+        """Policies that were never readable, and why."""
+        return self._broken
 
     # -- what a change touches -----------------------------------------------------------
 
@@ -219,6 +240,7 @@ class TrafficIndex:
         self._users.set(ref, ())
         self.bindings.pop(ref, None)
         self.outcomes.pop(ref, None)
+        self.with_policy.discard(ref)
         self._drop(self._keys.pop(ref, ""))
         return self._pods(ref) if self.guards.pop(ref, None) else []
 
@@ -235,6 +257,7 @@ class TrafficIndex:
     def _set_guard(self, service: Service, binding: Binding, *, has_policy: bool) -> list[Ref]:
         old = self.guards.pop(service.ref, {})
         new = {}
+        (self.with_policy.add if has_policy else self.with_policy.discard)(service.ref)
         if has_policy and guards.is_wanted(service):
             pods = self._inventory.within(Pod, service.namespace)
             selected = [pod for pod in pods if service.selects(pod.labels)]

@@ -21,6 +21,7 @@ _VERBS = {
     "enroll": ("mesh.cli.enroll", "enroll", "Take a namespace into the mesh."),
     "policies": ("mesh.cli.inspect", "policies", "Show the policies that proxies enforce."),
     "services": ("mesh.cli.inspect", "services", "Show the services that proxies know."),
+    "status": ("mesh.cli.status", "status", "Show the whole mesh on one screen."),
     "workloads": ("mesh.cli.inspect", "workloads", "Show the workloads that proxies know."),
     "waypoint": ("mesh.cli.waypoint", "waypoint", "Deploy waypoints: L7 for who opts in."),
     "unenroll": ("mesh.cli.enroll", "unenroll", "Take a namespace out of the mesh."),
@@ -55,6 +56,7 @@ def ambit() -> None:
     Examples:
       ambit lab demo                     watch the mesh at work, on this machine
       ambit lab up --dir my-yaml         run a directory of Kubernetes YAML
+      ambit status                       see how it is, on one screen
       ambit enroll shop                  take the namespace shop into the mesh
       ambit workloads                    see what the node proxies know
     """

@@ -327,6 +327,7 @@ class TunnelConnection(Wire):
             refusal = ConnectResponse(exc.http_status)
             self.core.send_headers(stream, encode_block(encode_response(refusal)), end_stream=True)
             self.core.reset(stream, h2.NO_ERROR)
+            self.core.cheap_arrived("malformed requests")
             return
         tunnel = Tunnel(self, head)
         tunnel.bind(stream)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from istiod_lite.snapshot import Snapshot, build, diff
-from istiod_lite.subscriptions import MAX_TYPES, ClientState, parse_node
+from istiod_lite.subscriptions import MAX_TYPES, ClientState, Holding, parse_node
 from mesh.errors import RemoteProtocolError
 from mesh.model.authorization import Action, Authorization, PolicyScope
 from mesh.model.l7_policy import TrafficConfig
@@ -345,3 +345,39 @@ def test_asking_by_name_gets_nobody_anothers_traffic():
     )
     (response,) = state.responses()
     assert (list(response.resources), list(response.removed_resources)) == ([], [other.key])
+
+
+def test_what_a_client_holds_is_what_it_acknowledged():
+    session = Session(A)
+    state = session.state
+    assert state.holds(ADDRESS_TYPE, A.uid) is None
+    session.open()
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    (response,) = state.responses()
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    state.receive(DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce))
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD
+    # Of what does not exist it should have nothing.
+    assert state.holds(ADDRESS_TYPE, B.uid) is Holding.HELD
+    session.push(replace(A, node="n9"), B)
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    (response,) = state.responses()
+    refusal = DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce)
+    refusal.error_detail.message = "no"
+    state.receive(refusal)
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.REFUSED
+    assert state.refusal(ADDRESS_TYPE) == "no"
+    session.push(A)
+    (response,) = state.responses()
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    assert state.holds(ADDRESS_TYPE, B.uid) is Holding.PENDING
+    state.receive(DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce))
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD
+    assert state.holds(ADDRESS_TYPE, B.uid) is Holding.HELD
+
+
+def test_what_a_client_claims_to_hold_counts_when_it_is_so():
+    session = Session(A)
+    version = session.current.of(ADDRESS_TYPE)[A.uid].version
+    session.open(initial_resource_versions={A.uid: version})
+    assert session.state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD
