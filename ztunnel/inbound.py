@@ -49,20 +49,20 @@ _PROXY_TLV_IDENTITY = 0xD0
 # -- plaintext -----------------------------------------------------------------------
 
 
-async def serve_plaintext(proxy: PodProxy, sock: socket.socket) -> None:
-    """Carry one accepted plaintext connection. If cancelled: both ends see a reset."""
+async def serve_plaintext(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> None:
+    """Carry one plaintext connection accepted from `peer`. If cancelled: both ends see a reset."""
     node = proxy.node
     record = proxy.new_record("inbound")
     try:
-        source = _peer(record, sock)
-        destination = sockets.original_destination(sock)
+        record.source_address = str(peer)
+        destination = sockets.original_destination(sock, peer)
         record.original_destination = record.destination_address = str(destination)
         workload = await proxy.wait_workload()
     except (Unavailable, OSError) as exc:
         node.connections.failed(record, _gone(exc))
         return
     record.destination = workload
-    plan = plan_plaintext(InboundConnection(None, source, destination), workload, node.store)
+    plan = plan_plaintext(InboundConnection(None, peer, destination), workload, node.store)
     verdict = _judge(proxy, record, workload, plan)
     if isinstance(verdict, Refusal):
         node.connections.refused(record, verdict)
@@ -256,7 +256,12 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
     span = tracked.record.span
     asked = 0.0 if span is None else trio.current_time()
     upstream = await dial(
-        proxy.namespace, plan.upstream, proxy.nursery, source=source, on_wait=limit
+        proxy.namespace,
+        plan.upstream,
+        proxy.nursery,
+        source=source,
+        stays_inside=True,
+        on_wait=limit,
     )
     tracked.unlimit()
     if span is not None:

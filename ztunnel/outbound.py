@@ -36,13 +36,15 @@ _STATUS_OK = 200
 _STATUS_DENIED = frozenset({401, 403})
 
 
-async def serve(proxy: PodProxy, sock: socket.socket) -> None:
-    """Carry one accepted connection. If cancelled: both ends see a reset."""
+async def serve(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> None:
+    """Carry one connection accepted from `peer`. If cancelled: both ends see a reset."""
     node = proxy.node
     record = proxy.new_record("outbound")
+    record.source_address = str(peer)
     try:
-        destination = _addresses(record, sock)
-        workload = await proxy.wait_workload()
+        destination = sockets.original_destination(sock, peer)
+        record.original_destination = record.destination_address = str(destination)
+        workload = proxy.workload or await proxy.wait_workload()
     except Unavailable as exc:
         node.connections.failed(record, exc)
         return
@@ -56,22 +58,18 @@ async def serve(proxy: PodProxy, sock: socket.socket) -> None:
     record.protocol = plan.carrier.value
     tracked = node.connections.track(record, proxy.pod.uid, workload)
     carry = _tunnel if plan.carrier is Carrier.HBONE else _passthrough
-    await node.connections.carry(tracked, functools.partial(carry, proxy, sock, workload, plan))
-
-
-def _addresses(record: Record, sock: socket.socket) -> SocketAddress:
-    """Note who dialled whom; the original destination. Raises Unavailable when it is gone."""
-    try:
-        record.source_address = str(sockets.from_sockaddr(sock.getpeername()))
-    except OSError as exc:
-        raise Unavailable(f"the application left: {exc.strerror}") from exc
-    destination = sockets.original_destination(sock)
-    record.original_destination = record.destination_address = str(destination)
-    return destination
+    await node.connections.carry(
+        tracked, functools.partial(carry, proxy, sock, peer, workload, plan)
+    )
 
 
 async def _passthrough(
-    proxy: PodProxy, sock: socket.socket, _source: Workload, plan: OutboundPlan, tracked: Tracked
+    proxy: PodProxy,
+    sock: socket.socket,
+    _peer: SocketAddress,
+    _source: Workload,
+    plan: OutboundPlan,
+    tracked: Tracked,
 ) -> RelayResult:
     node = proxy.node
     seconds = node.config.connect_timeout_seconds
@@ -98,7 +96,12 @@ async def _resolve(proxy: PodProxy, hop: NextHop, tracked: Tracked) -> SocketAdd
 
 
 async def _tunnel(
-    proxy: PodProxy, sock: socket.socket, source: Workload, plan: OutboundPlan, tracked: Tracked
+    proxy: PodProxy,
+    sock: socket.socket,
+    peer: SocketAddress,
+    source: Workload,
+    plan: OutboundPlan,
+    tracked: Tracked,
 ) -> RelayResult:
     node, record = proxy.node, tracked.record
     record.is_mutual_tls = True
@@ -106,7 +109,7 @@ async def _tunnel(
         source=tracked.identity,
         expected=plan.expected,
         address=SocketAddress(plan.next_hop.host, plan.next_hop.port),
-        source_ip=record.source_address.rpartition(":")[0].strip("[]"),
+        source_ip=peer.ip,
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
     tunnel, response = await _connect(proxy, key, _head(proxy, source, plan, record), record)
@@ -121,7 +124,7 @@ async def _tunnel(
             f"{plan.next_hop} could not serve {plan.authority} ({response.status})",
             hint="its access log says why",
         )
-    tunnel.relay(sock)
+    tunnel.relay(sock, is_reset_on_close=True)
     node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
     return await tunnel.wait_closed()
 
