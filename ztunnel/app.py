@@ -77,7 +77,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             await nursery.start(serve_pages, pages, doors, nursery)
             start(reactor.run)
             start(access.run)
-            start(metrics.expire_idle, tcp_metrics)
+            start(metrics.expire_idle, tcp_metrics, node.dns_metrics)
             start(metrics.watch_loop_lag, registry)
             if tracer is not None:
                 start(tracer.run)
