@@ -190,6 +190,13 @@ class Reactor:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
+    def forget(self, fd: int) -> None:
+        """As `remove`, for a descriptor without a duplicate that is closed next: the kernel
+        then stops watching it by itself.
+        """
+        if self._handlers.pop(fd, None) is not None:
+            del self._events[fd]
+
     def defer(self, flushable: Flushable) -> None:
         """Call `flushable.flush()` once, at the end of this turn (or soon, outside of one)."""
         self._deferred.append(flushable)

@@ -17,6 +17,7 @@ from mesh import sockets
 from mesh.fiber import Fibers
 from mesh.reactor import READABLE, Reactor
 from mesh.runtime import log
+from mesh.sockets import SocketAddress
 
 ACCEPTS_PER_TURN = 64
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -26,8 +27,8 @@ _log = log.get("inpod")
 
 
 class Acceptor:
-    """Accepts from `listener` (lent) and starts `serve(sock)` in `fibers`, at most `limit` at a
-    time. `close` before the listener is closed.
+    """Accepts from `listener` (lent) and starts `serve(sock, peer)` in `fibers`, at most
+    `limit` at a time. `close` before the listener is closed.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Acceptor:
         fibers: Fibers,
         name: str,
         listener: socket.socket,
-        serve: Callable[[socket.socket], Coroutine[Any, Any, None]],
+        serve: Callable[[socket.socket, SocketAddress], Coroutine[Any, Any, None]],
         limit: int,
     ) -> None:
         self._reactor = reactor
@@ -61,7 +62,7 @@ class Acceptor:
         """Take what waits, up to a portion."""
         for _ in range(min(ACCEPTS_PER_TURN, self._left)):
             try:
-                sock, _ = self._listener.accept()
+                sock, peer = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as exc:
@@ -72,7 +73,7 @@ class Acceptor:
                     return
                 continue
             self._left -= 1
-            self._fibers.start(self._serve_one(sock))
+            self._fibers.start(self._serve_one(sock, sockets.from_sockaddr(peer)))
         if not self._left:
             self._watch(0)
 
@@ -82,10 +83,10 @@ class Acceptor:
     def on_failed(self, error: Exception) -> None:
         """A bug: this listener is dead, the others live."""
 
-    async def _serve_one(self, sock: socket.socket) -> None:
+    async def _serve_one(self, sock: socket.socket, peer: SocketAddress) -> None:
         try:
-            sock.setblocking(False)
-            await self._serve(sock)
+            # Blocking, as it is: whoever uses it says MSG_DONTWAIT each time.
+            await self._serve(sock, peer)
         finally:
             # What is still open was not carried to its end: the peer must not take it for one.
             if sock.fileno() >= 0:

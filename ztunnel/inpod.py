@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
+from collections import Counter
 from collections.abc import Mapping
 
 import trio
@@ -71,6 +72,9 @@ class PodProxy:
         self.windows = WindowBudget(parent=node.windows)
         self.fibers = Fibers(node.reactor)
         self.inbound_connections: set[TunnelConnection] = set()
+        self.handshakes: Counter[str] = Counter()
+        """TLS handshakes in flight on 15008, by source address."""
+        self.inbound_tunnels = 0
         self.pool: Pool
         self.nursery: trio.Nursery
         self.is_draining = False

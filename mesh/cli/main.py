@@ -17,6 +17,7 @@ _VERBS = {
     "check": ("mesh.cli.check", "check", "Validate and lint YAML, without a cluster."),
     "connections": ("mesh.cli.inspect", "connections", "Show open connections."),
     "explain": ("mesh.cli.explain", "explain", "Say what happens to a connection, and why."),
+    "install": ("mesh.cli.install", "install", "Install the mesh into Kubernetes."),
     "lab": ("mesh.cli.lab", "lab", "Run the whole mesh on this machine."),
     "enroll": ("mesh.cli.enroll", "enroll", "Take a namespace into the mesh."),
     "policies": ("mesh.cli.inspect", "policies", "Show the policies that proxies enforce."),
@@ -24,6 +25,7 @@ _VERBS = {
     "status": ("mesh.cli.status", "status", "Show the whole mesh on one screen."),
     "workloads": ("mesh.cli.inspect", "workloads", "Show the workloads that proxies know."),
     "waypoint": ("mesh.cli.waypoint", "waypoint", "Deploy waypoints: L7 for who opts in."),
+    "uninstall": ("mesh.cli.install", "uninstall", "Take the mesh out of Kubernetes."),
     "unenroll": ("mesh.cli.enroll", "unenroll", "Take a namespace out of the mesh."),
 }
 

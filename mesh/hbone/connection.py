@@ -173,10 +173,11 @@ class TunnelConnection(Wire):
         Takes `sock` over. Raises Unavailable, IdentityError. If cancelled: the socket is
         closed. Call `run` at once: nothing is read before.
         """
+        began = trio.current_time()
         session = await handshake(sock, context, server_side=True, timeout=handshake_timeout)
         try:
             verify_parameters(session)
-            return cls(
+            connection = cls(
                 reactor,
                 session,
                 verify(session.peer_certificate_der()),
@@ -188,6 +189,9 @@ class TunnelConnection(Wire):
         except BaseException:
             session.close()
             raise
+        connection.settled_at = trio.current_time()
+        connection.handshake_seconds = connection.settled_at - began
+        return connection
 
     # ---- for the owner
 
@@ -323,6 +327,7 @@ class TunnelConnection(Wire):
             refusal = ConnectResponse(exc.http_status)
             self.core.send_headers(stream, encode_block(encode_response(refusal)), end_stream=True)
             self.core.reset(stream, h2.NO_ERROR)
+            self.core.cheap_arrived("malformed requests")
             return
         tunnel = Tunnel(self, head)
         tunnel.bind(stream)

@@ -169,7 +169,7 @@ class PlainRelay:
         self.is_closed = True
         self._closed.set()
         for half in (self._a, self._b):
-            self.reactor.remove(half.fd)
+            self.reactor.forget(half.fd)
             if error is None:
                 end_on_close(half.sock)
             half.sock.close()
