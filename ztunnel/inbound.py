@@ -16,6 +16,8 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import trio
+
 from mesh import sockets
 from mesh.errors import MeshError, Refusal, RemoteProtocolError, Unavailable
 from mesh.hbone.connection import Tunnel, TunnelConnection
@@ -23,13 +25,13 @@ from mesh.hbone.head import parse_authority
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
-from mesh.runtime import lifecycle
 from mesh.sockets import SocketAddress
 from mesh.tls.context import verify_client_peer
 from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
 from ztunnel.record import Record, baggage_of
+from ztunnel.spans import note_accepted, note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -47,20 +49,20 @@ _PROXY_TLV_IDENTITY = 0xD0
 # -- plaintext -----------------------------------------------------------------------
 
 
-async def serve_plaintext(proxy: PodProxy, sock: socket.socket) -> None:
-    """Carry one accepted plaintext connection. If cancelled: both ends see a reset."""
+async def serve_plaintext(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> None:
+    """Carry one plaintext connection accepted from `peer`. If cancelled: both ends see a reset."""
     node = proxy.node
     record = proxy.new_record("inbound")
     try:
-        source = _peer(record, sock)
-        destination = sockets.original_destination(sock)
+        record.source_address = str(peer)
+        destination = sockets.original_destination(sock, peer)
         record.original_destination = record.destination_address = str(destination)
         workload = await proxy.wait_workload()
     except (Unavailable, OSError) as exc:
         node.connections.failed(record, _gone(exc))
         return
     record.destination = workload
-    plan = plan_plaintext(InboundConnection(None, source, destination), workload, node.store)
+    plan = plan_plaintext(InboundConnection(None, peer, destination), workload, node.store)
     verdict = _judge(proxy, record, workload, plan)
     if isinstance(verdict, Refusal):
         node.connections.refused(record, verdict)
@@ -140,7 +142,7 @@ async def _accept_connection(
 
 
 def _start_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
-    proxy.nursery.start_soon(lifecycle.guard, "tunnel", _serve_tunnel, proxy, own, tunnel)
+    proxy.fibers.start(_serve_tunnel(proxy, own, tunnel))
 
 
 async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
@@ -152,7 +154,7 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
     proxy.inbound_tunnels += 1
     try:
         connection = tunnel.connection
-        record = proxy.new_record("inbound", tunnel.head.traceparent)
+        record = proxy.new_record("inbound", tunnel.head.traceparent, tunnel.head.connection_id)
         record.source_address = str(connection.peer_address)
         record.destination_address = str(connection.local_address)
         record.hbone_address = tunnel.head.authority
@@ -161,6 +163,8 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
         record.source_identity, record.peer_baggage = connection.peer, tunnel.head.baggage
         if tunnel.head.forwarded is not None:
             record.original_destination = tunnel.head.forwarded.host
+        if record.span is not None:
+            note_accepted(record.span, connection)
         verdict = _admit_tunnel(proxy, record, own, tunnel)
         if isinstance(verdict, Refusal):
             tunnel.refuse(verdict.http_status)
@@ -249,8 +253,19 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None
-    upstream = await dial(proxy.namespace, plan.upstream, source=source, on_wait=limit)
+    span = tracked.record.span
+    asked = 0.0 if span is None else trio.current_time()
+    upstream = await dial(
+        proxy.namespace,
+        plan.upstream,
+        proxy.nursery,
+        source=source,
+        stays_inside=True,
+        on_wait=limit,
+    )
     tracked.unlimit()
+    if span is not None:
+        note_dialled(span, asked, trio.current_time())
     return upstream
 
 

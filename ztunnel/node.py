@@ -19,6 +19,7 @@ from mesh.identity import SpiffeId
 from mesh.model.store import Store
 from mesh.reactor import Reactor
 from mesh.runtime.metrics import DnsMetrics
+from mesh.runtime.tracing import Tracer
 from mesh.secrets import SecretManager
 from mesh.sockets import SocketAddress
 from mesh.tls import context as tls
@@ -104,5 +105,6 @@ class Node:
     windows: WindowBudget
     watch: StoreWatch = field(default_factory=StoreWatch)
     contexts: TlsContexts = field(default_factory=TlsContexts)
+    tracer: Tracer | None = None
     # Spreads load and names traces; nothing secret depends on it.
     rng: random.Random = field(default_factory=random.Random)

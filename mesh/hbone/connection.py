@@ -85,6 +85,8 @@ class TunnelConnection(Wire):
         self._draining = False
         self._idle_since: float | None = trio.current_time()
         self._settled = trio.Event()
+        # How it came about, for whoever asks where the time went. Seconds; trio time.
+        self.dial_seconds = self.handshake_seconds = self.settled_at = 0.0
 
     # ---- making one
 
@@ -110,11 +112,13 @@ class TunnelConnection(Wire):
         Takes `sock` over. Raises Unavailable (flag NETWORK_POLICY when connecting to the
         HBONE port timed out) or IdentityError. If cancelled: the socket is closed.
         """
+        began = trio.current_time()
         try:
             await _dial(sock, address, connect_timeout)
         except BaseException:
             sock.close()
             raise
+        dialled = trio.current_time()
         session = await handshake(sock, context, server_side=False, timeout=handshake_timeout)
         try:
             verify_parameters(session)
@@ -142,6 +146,9 @@ class TunnelConnection(Wire):
         except BaseException:
             connection.close("not established")
             raise
+        connection.settled_at = trio.current_time()
+        connection.dial_seconds = dialled - began
+        connection.handshake_seconds = connection.settled_at - dialled
         return connection
 
     @classmethod
@@ -166,10 +173,11 @@ class TunnelConnection(Wire):
         Takes `sock` over. Raises Unavailable, IdentityError. If cancelled: the socket is
         closed. Call `run` at once: nothing is read before.
         """
+        began = trio.current_time()
         session = await handshake(sock, context, server_side=True, timeout=handshake_timeout)
         try:
             verify_parameters(session)
-            return cls(
+            connection = cls(
                 reactor,
                 session,
                 verify(session.peer_certificate_der()),
@@ -181,6 +189,9 @@ class TunnelConnection(Wire):
         except BaseException:
             session.close()
             raise
+        connection.settled_at = trio.current_time()
+        connection.handshake_seconds = connection.settled_at - began
+        return connection
 
     # ---- for the owner
 

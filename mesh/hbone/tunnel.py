@@ -8,13 +8,13 @@ here, uncredited, so at most one stream window of them.
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import trio
-
 from mesh.errors import LocalProtocolError, MeshError, Unavailable
+from mesh.fiber import Signal
 from mesh.hbone.head import (
     Baggage,
     ConnectHead,
@@ -30,6 +30,11 @@ from mesh.sockets import reset_on_close
 
 if TYPE_CHECKING:
     from mesh.hbone.connection import TunnelConnection
+
+
+@functools.lru_cache(maxsize=256)
+def _response_block(status: int, baggage: Baggage | None) -> bytes:
+    return encode_block(encode_response(ConnectResponse(status, baggage)))
 
 
 class Tunnel:
@@ -74,8 +79,8 @@ class Tunnel:
         self._early_stop = False
         self._response: ConnectResponse | None = None
         self._error: str | None = None
-        self._answered = trio.Event()
-        self._closed = trio.Event()
+        self._answered = Signal()
+        self._closed = Signal()
 
     # ---- for the owner
 
@@ -87,7 +92,7 @@ class Tunnel:
         """
         try:
             await self._answered.wait()
-        except trio.Cancelled:
+        except BaseException:  # cancelled, as a task or as a fiber
             self.reset(reason="cancelled")
             raise
         if self._response is None:
@@ -100,7 +105,7 @@ class Tunnel:
     def respond(self, status: int = 200, *, baggage: Baggage | None = None) -> None:
         """Server: accept. Nothing happens when the tunnel is already gone (`is_closed`)."""
         if not self.is_closed:
-            block = encode_block(encode_response(ConnectResponse(status, baggage)))
+            block = _response_block(status, baggage)
             self.connection.core.send_headers(self._stream, block)
             self.connection.touch()
 
@@ -109,24 +114,26 @@ class Tunnel:
         if self.is_closed:
             return
         core = self.connection.core
-        block = encode_block(encode_response(ConnectResponse(status)))
+        block = _response_block(status, None)
         core.send_headers(self._stream, block, end_stream=True)
         core.reset(self._stream, h2.NO_ERROR)
         self.connection.touch()
         self.finish(f"refused with {status}")
 
-    def relay(self, sock: socket.socket, *, has_spoken: bool = True) -> None:
+    def relay(
+        self, sock: socket.socket, *, has_spoken: bool = True, is_reset_on_close: bool = False
+    ) -> None:
         """Start the fast path between `sock` and the tunnel.
 
         `sock` is connected and non-blocking; it belongs to the relay from here on and is
         closed by it, also when the tunnel is already gone. `has_spoken` says that something is
-        probably there to be read.
+        probably there to be read, `is_reset_on_close` that its close would send RST already.
         """
         if self.is_closed:
             reset_on_close(sock)
             sock.close()
             return
-        end = SocketEnd(self, sock, self.connection.reactor)
+        end = SocketEnd(self, sock, self.connection.reactor, is_reset_on_close=is_reset_on_close)
         self.attach(end)
         if has_spoken:
             end.on_readable()

@@ -66,6 +66,7 @@ class Proxy:
         self.store = RecordingStore()
         self.ready: list[str] = []
         self.events: list[tuple[str, Mapping[str, object]]] = []
+        self.connections = 0
         self.messages: list[str] = []
         self.ended: list[str] = []
         self._changed = trio.Event()
@@ -90,6 +91,9 @@ class Proxy:
     def _on_change(self, _changed: Changed) -> None:
         event, self._changed = self._changed, trio.Event()
         event.set()
+
+    def connected(self) -> None:
+        self.connections += 1
 
     def terminated(self, reason: str) -> None:
         self.ended.append(reason)

@@ -51,8 +51,16 @@ def test_the_process_does_not_import_what_is_heavy() -> None:
     assert loaded.isdisjoint(FORBIDDEN)
 
 
-def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
-    environ = os.environ | {"XDS_ADDRESS": "http://plain:15010"}
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("XDS_ADDRESS", "http://plain:15010", "not an address: 'http://plain:15010'"),
+        ("LOG_LEVEL", "nonsense", "'nonsense' is no log level (one of trace, debug, info, "),
+        ("LOG_FORMAT", "xml", "'xml' is not one of json, plain"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_code_2(variable: str, value: str, said: str) -> None:
+    environ = os.environ | {variable: value}
     done = subprocess.run(
         [sys.executable, "-m", "ztunnel"],
         capture_output=True,
@@ -63,7 +71,7 @@ def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
         timeout=20,
     )
     assert done.returncode == 2
-    assert "ztunnel: XDS_ADDRESS: not an address: 'http://plain:15010'" in done.stderr
+    assert f"ztunnel: {variable}: {said}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
