@@ -43,8 +43,8 @@ _INTERMEDIATE_SECONDS = 1825 * DAY_SECONDS
 _SERVING_SECONDS = 365 * DAY_SECONDS
 _MIN_RSA_BITS, _MAX_RSA_BITS = 2048, 8192
 FILES = ("root-cert.pem", "root-key.pem", "ca-cert.pem", "ca-key.pem")
-_EXTRA_ROOTS = "extra-roots.pem"
-MAX_EXTRA_ROOTS = 8
+EXTRA_ROOTS = "extra-roots.pem"
+MAXEXTRA_ROOTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def open_authority(directory: Path, trust_domain: str, now: float) -> Authority:
         if intermediate.not_after - now < _INTERMEDIATE_SECONDS / 10:
             intermediate = _new_intermediate(trust_domain, root, now)
             _store(directory, "ca", intermediate)
-        extra_roots = _load_extra_roots(directory / _EXTRA_ROOTS)
+        extra_roots = _load_extra_roots(directory / EXTRA_ROOTS)
     except OSError as exc:
         raise ConfigError(
             f"the authority's directory cannot be used: {exc.strerror}", file=str(directory)
@@ -193,9 +193,9 @@ def _load_extra_roots(path: Path) -> str:
         )
     except (ValueError, x509.ExtensionNotFound) as exc:
         raise ConfigError(f"extra-roots.pem cannot be read: {exc}", file=str(path)) from exc
-    if not are_roots or len(roots) > MAX_EXTRA_ROOTS:
+    if not are_roots or len(roots) > MAXEXTRA_ROOTS:
         raise ConfigError(
-            f"extra-roots.pem must hold certificates of authorities, at most {MAX_EXTRA_ROOTS}",
+            f"extra-roots.pem must hold certificates of authorities, at most {MAXEXTRA_ROOTS}",
             file=str(path),
         )
     return "".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in roots)
