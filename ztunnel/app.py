@@ -32,10 +32,10 @@ from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tracing import Tracer, open_tracer
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.xds.client import TYPES, NodeInfo, run_xds
+from mesh.xds.endpoint import Endpoint, parse_address
 from ztunnel.admin import make_admin, serve_pages
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Connections, Judges
-from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
 from ztunnel.monitoring import Gauges

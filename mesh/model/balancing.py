@@ -40,6 +40,14 @@ class Choice:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Those who may win, at least one of them with capacity; or none, and why."""
+
+    candidates: tuple[Candidate, ...]
+    reason: str = ""
+
+
 def target_port(service: Service, endpoint: Endpoint, service_port: int) -> int | None:
     """The port an endpoint serves `service_port` on, or None when it does not.
 
@@ -81,6 +89,17 @@ def choose_endpoint(
     """Choose an endpoint of `service` for `source`. Only endpoints on the source's network
     are candidates; without one, the reason says whether others exist.
     """
+    found = find_candidates(service, endpoints, service_port, source)
+    weights = [each.workload.capacity for each in found.candidates]
+    if found.candidates:
+        return Choice(found.candidates[rng.choices(range(len(weights)), weights)[0]])
+    return Choice(None, found.reason)
+
+
+def find_candidates(
+    service: Service, endpoints: Sequence[Endpoint], service_port: int, source: Workload
+) -> Candidates:
+    """The endpoints among which chance, weighted by capacity, may decide; or why there is none."""
     listed = service_port in service.ports
     policy = service.load_balancing
     candidates: list[Candidate] = []
@@ -102,11 +121,10 @@ def choose_endpoint(
         if port is not None:
             candidates.append(Candidate(workload, port))
     group = _closest(candidates, policy, source)
-    weights = [each.workload.capacity for each in group]
-    if any(weights):
-        return Choice(group[rng.choices(range(len(group)), weights)[0]])
-    return Choice(
-        None, _why_nobody(service, endpoints, service_port, len(candidates), unready, remote)
+    if any(each.workload.capacity for each in group):
+        return Candidates(tuple(group))
+    return Candidates(
+        (), _why_nobody(service, endpoints, service_port, len(candidates), unready, remote)
     )
 
 
