@@ -22,6 +22,7 @@ from waypoint.filters import jwks
 from waypoint.filters.authorize import Authorize
 from waypoint.filters.chain import Filter, PassingFilter, Request, Respond, Verdict
 from waypoint.filters.cors import CorsFilter
+from waypoint.filters.custom import CustomFilters
 from waypoint.filters.fault import FaultFilter, Random
 from waypoint.filters.jwt import Jwt, KeySource
 from waypoint.filters.rate_limit.filter import RateLimits
@@ -51,10 +52,15 @@ class Assembly:
     """Makes filters. `clock` gives seconds since the epoch, `fetch` what an issuer publishes."""
 
     def __init__(
-        self, clock: Callable[[], float], rng: Random, fetch: jwks.Fetch = jwks.fetch
+        self,
+        clock: Callable[[], float],
+        rng: Random,
+        fetch: jwks.Fetch = jwks.fetch,
+        custom: CustomFilters | None = None,
     ) -> None:
         self._clock = clock
         self._rng = rng
+        self._custom = custom if custom is not None else CustomFilters()
         self._source = jwks.sources(fetch)
         self._buckets: dict[tuple[str, str, RateLimitRule], Buckets] = {}
         self._keys: dict[JwtRule, KeySource] = {}
@@ -85,6 +91,8 @@ class Assembly:
             return CorsFilter(entry.cors)
         if entry.fault is not None:
             return FaultFilter(entry.fault, self._rng)
+        if entry.extension:
+            return self._custom.make(entry.extension)
         return None
 
     def _keys_of(self, rule: JwtRule) -> KeySource:
