@@ -17,20 +17,23 @@ _TEMPLATE = re.compile(r"\{[^}]*\}|[^{}]+|[{}]")
 
 
 def any_of(values: Iterable[str], *, folds_case: bool = False) -> Matches:
-    """Whether a value is one of these. An empty value is none, not even for `*`."""
+    """Whether a value is one of these. An empty value is none for `*`: only `""` names it."""
+    is_any = False
     exact: set[bytes] = set()
     prefixes: list[bytes] = []
     suffixes: list[bytes] = []
     for value in values:
         text = (value.lower() if folds_case else value).encode()
         if text == b"*":
-            return bool
-        if text.endswith(b"*"):
+            is_any = True
+        elif text.endswith(b"*"):
             prefixes.append(text[:-1])
         elif text.startswith(b"*"):
             suffixes.append(text[1:])
         else:
             exact.add(text)
+    if is_any:
+        return (lambda _: True) if b"" in exact else bool
     starts, ends = tuple(prefixes), tuple(suffixes)
     if not starts and not ends:
         return exact.__contains__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mesh.errors import ConfigError
@@ -235,6 +235,7 @@ WORDS = st.text("ab/*", max_size=5)
 
 
 @given(st.lists(WORDS, max_size=4), st.text("ab/", max_size=5))
+@example(["", "*"], "")
 def test_strings_are_what_the_api_says(patterns: list[str], value: str) -> None:
     expected = any(_naive(pattern, value) for pattern in patterns)
     assert bool(any_of(patterns)(value.encode())) is expected
