@@ -3,7 +3,9 @@
     app.serve
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
     ├─ seat.write              on one replica only:
-    │  └─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
+    │  ├─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
+    │  ├─ waypoint_writer.run  ServiceAccount, Service, Deployment of each waypoint Gateway
+    │  └─ status_writer.run    conditions of Gateways, routes, Services, policies
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -14,6 +16,7 @@ later, with the versions they hold), calls get a few seconds, then the process e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 
@@ -30,6 +33,8 @@ from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
 from istiod_lite.seat import Seat
+from istiod_lite.status_writer import StatusWriter
+from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
 from mesh.cluster.open import open_cluster
@@ -66,9 +71,15 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
     registry = metrics.new_registry("istiod", mesh.__version__)
     index = ClusterIndex(config.mesh())
     authenticator = seat.authenticator()
-    ads = AdsService(authenticator)
+    ads = AdsService(authenticator, on_answer=lambda: status.look())
+    status = StatusWriter(index, ads, _now)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
-    publisher = Publisher(index, ads, registry, on_push=root.look)
+
+    def on_push() -> None:
+        root.look()
+        status.look()
+
+    publisher = Publisher(index, ads, registry, on_push=on_push)
     counts = Counts(registry, index, ads, publisher.findings)
     readiness = Readiness()
     tasks = {name: readiness.task(name) for name in ("cluster", "root certificate", "xds")}
@@ -86,7 +97,9 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         await nursery.start(publisher.follow, cluster)
         tasks["cluster"].done()
         published = tasks["root certificate"].done
-        nursery.start_soon(seat.write, partial(root.run, cluster, published), published)
+        waypoints = WaypointWriter(config.waypoints())
+        writing = partial(_write, cluster, root, waypoints, status, published)
+        nursery.start_soon(seat.write, writing, published)
         certificates = CertificateService(
             authority,
             authenticator,
@@ -99,6 +112,20 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
             tasks["xds"].done()
             _log.info("started", port=config.xds_port, resources=len(index.addresses))
         nursery.cancel_scope.cancel()
+
+
+async def _write(
+    cluster: Cluster,
+    root: RootCertificate,
+    waypoints: WaypointWriter,
+    status: StatusWriter,
+    published: Callable[[], None],
+) -> None:
+    """What one controller of all writes, for ever."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(root.run, cluster, published)
+        nursery.start_soon(waypoints.run, cluster)
+        nursery.start_soon(status.run, cluster)
 
 
 async def _serve_calls(

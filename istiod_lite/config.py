@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from istiod_lite.waypoints import WaypointSettings
 from istiod_lite.workloads import Mesh
 from mesh.cluster.open import SOURCES, ClusterChoice
 from mesh.errors import ConfigError
@@ -107,6 +109,14 @@ class IstiodConfig:
         default="127.0.0.1",
         doc="Address of the same. On any but a loopback address /debug is not served.",
     )
+    waypoint_image: str = setting(
+        env="WAYPOINT_IMAGE", default="ambit/waypoint", doc="Image of the pods of waypoints."
+    )
+    waypoint_command: str = setting(
+        env="WAYPOINT_COMMAND",
+        default="python3 -m waypoint",
+        doc="Command of the pods of waypoints, split as a shell does.",
+    )
     drain_seconds: float = setting(
         env="TERMINATION_DRAIN_DURATION_SECONDS",
         default=5.0,
@@ -143,6 +153,12 @@ class IstiodConfig:
             SpiffeId(self.trust_domain, "namespace", "account")
         except ConfigError as exc:
             raise ConfigError(exc.message, field="trust_domain") from exc
+        try:
+            has_command = bool(shlex.split(self.waypoint_command))
+        except ValueError:
+            has_command = False
+        if not has_command:
+            raise ConfigError("is no command", field="waypoint_command")
         for account in self.ca_trusted_node_accounts:
             if account.count("/") != 1 or not all(account.split("/")):
                 raise ConfigError(
@@ -163,6 +179,17 @@ class IstiodConfig:
             domain=self.cluster_domain,
             network=self.network,
             root_namespace=self.root_namespace,
+        )
+
+    def waypoints(self) -> WaypointSettings:
+        """What every waypoint is started with."""
+        return WaypointSettings(
+            image=self.waypoint_image,
+            command=self.waypoint_command,
+            xds_address=f"https://istiod.{self.root_namespace}.svc:{self.xds_port}",
+            trust_domain=self.trust_domain,
+            cluster_domain=self.cluster_domain,
+            cluster_id=self.cluster_id,
         )
 
     def serving_names(self) -> tuple[str, ...]:

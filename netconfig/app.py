@@ -43,6 +43,7 @@ from netconfig.enrolment import Enrolments
 from netconfig.handoff import HandOff
 from netconfig.plan import reconcile
 from netconfig.pods import KINDS, MountedNamespaces, NodePods
+from netconfig.processes import FirstOf, ProcessNamespaces
 
 _log = log.get("netconfig")
 
@@ -71,7 +72,7 @@ async def serve(config: NetconfigConfig, cluster: Cluster) -> None:
     pods = NodePods(config.node_name)
     handoff = HandOff(on_connected=lambda: enrolments.retry_all())
     timing = Timing(config.drain_seconds, config.drain_settle_seconds, config.drift_seconds)
-    finder = MountedNamespaces(config.netns_dir)
+    finder = FirstOf([MountedNamespaces(config.netns_dir), ProcessNamespaces()])
     enrolments = Enrolments(cluster, pods, finder, handoff, timing)
     plugin = PluginServer(cluster, pods, enrolments, selection, config.cni_deadline_seconds)
     readiness = Readiness()

@@ -3,8 +3,8 @@ pod's network namespace is found.
 
 `NodePods` follows a watch and keeps the last good view of every object; what cannot be read
 is logged and changes nothing. A `NamespaceFinder` turns a pod into a descriptor: here by a
-directory in which it is mounted under the pod's uid; another may look through the cgroups of
-/proc for one of the pod's processes.
+directory in which it is mounted under the pod's uid, in `netconfig.processes` by a process of
+the pod.
 """
 
 from __future__ import annotations

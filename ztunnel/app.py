@@ -17,40 +17,27 @@ after us, because the node agent has duplicates: our successor goes on accepting
 
 from __future__ import annotations
 
-import functools
-import json
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import trio
 
 from mesh import __version__
-from mesh.errors import ConfigError, KernelError
+from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
 from mesh.runtime import lifecycle, log, metrics
-from mesh.runtime.admin import (
-    AdminApp,
-    Readiness,
-    Request,
-    Response,
-    admin_app,
-    metrics_app,
-    readiness_app,
-)
+from mesh.runtime.admin import Readiness, metrics_app, readiness_app
 from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tracing import Tracer, open_tracer
 from mesh.secrets import SecretManager, fetch_certificate
-from mesh.sockets import open_listener
 from mesh.xds.client import TYPES, NodeInfo, run_xds
-from ztunnel import dump
+from ztunnel.admin import make_admin, serve_pages
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Connections, Judges
 from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
-from ztunnel.explain import Explainer
 from ztunnel.monitoring import Gauges
 from ztunnel.node import Node
 from ztunnel.pods import Pods
@@ -84,10 +71,10 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             pages = (
                 (config.readiness_address, readiness_app(readiness)),
                 (config.stats_address, metrics_app(registry, gauges.count)),
-                (config.admin_address, _admin(node, pods, shutdown)),
+                (config.admin_address, make_admin(node, pods, shutdown)),
             )
             doors = trio.CancelScope()
-            await nursery.start(_serve, pages, doors, nursery)
+            await nursery.start(serve_pages, pages, doors, nursery)
             start(reactor.run)
             start(access.run)
             start(metrics.expire_idle, tcp_metrics)
@@ -153,6 +140,7 @@ def _node(
         names=Names(config.cluster_domain, config.preferred_namespace),
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
         tracer=tracer,
+        windows=WindowBudget(config.window_budget_bytes),
     )
 
 
@@ -216,59 +204,6 @@ async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
     _log.info("xds_synced")
     synced()
     await pods.run()
-
-
-async def _serve(
-    pages: Sequence[tuple[str, AdminApp]],
-    doors: trio.CancelScope,
-    connections: trio.Nursery,
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Let requests in until `doors` is cancelled; those that are in live in `connections`."""
-    with doors:
-        async with trio.open_nursery() as nursery:
-            for address, app in pages:
-                serve = functools.partial(app.serve, _listen(address), connections=connections)
-                await nursery.start(serve)
-            task_status.started()
-
-
-def _listen(address: str) -> list[socket.socket]:
-    """Listeners for `host:port`; `localhost` is both loopback addresses. The port is shared
-    with the process before us, and the one after.
-    """
-    host, found, port = address.rpartition(":")
-    if not found or not port.isdigit():
-        raise ConfigError(f"not an address: {address!r}", hint="give host:port")
-    if host != "localhost":
-        return [open_listener(int(port), host=host.strip("[]") or "::", shares_port=True)]
-    listeners = [open_listener(int(port), host="127.0.0.1", shares_port=True)]
-    if socket.has_ipv6:
-        try:
-            listeners.append(open_listener(int(port), host="::1", shares_port=True))
-        except KernelError:
-            _log.info("no_ipv6_loopback", address=address)
-    return listeners
-
-
-def _admin(node: Node, pods: Pods, shutdown: Shutdown) -> AdminApp:
-    app = admin_app("ztunnel", shutdown)
-
-    async def config_dump(_: Request) -> Response:
-        body = dump.dump_store(node.store) | {
-            "staticConfig": {},
-            "version": __version__,
-            "config": dump.dump_config(node.config),
-            "certificates": dump.dump_certificates(node.secrets.entries()),
-            "workloadState": dump.dump_pods(pods, node.connections),
-        }
-        text = json.dumps(body, default=str, indent=2)
-        return Response(200, "application/json", text.encode())
-
-    app.route("/config_dump", config_dump)
-    Explainer(node, lambda: pods).add_to(app)
-    return app
 
 
 def _report_bug(error: Exception, where: object) -> None:

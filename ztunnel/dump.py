@@ -181,7 +181,7 @@ def dump_pods(
                 "originalDst": record.original_destination or None,
                 "actualDst": record.hbone_address or record.destination_address,
                 "protocol": record.protocol,
-                "id": record.id,
+                "id": record.connection_id or record.id,
                 "srcIdentity": str(record.source_identity or "") or None,
                 "policy": record.policy or None,
             }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
+from collections import Counter
 from collections.abc import Mapping
 
 import trio
@@ -24,6 +25,7 @@ from mesh.errors import IdentityError, KernelError, Unavailable
 from mesh.fiber import Fibers, in_task
 from mesh.hbone.connection import TunnelConnection
 from mesh.hbone.pool import Pool, PoolKey
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime import lifecycle, log
@@ -67,8 +69,12 @@ class PodProxy:
         self.pod = pod
         self.namespace = namespace
         self.forwarder = Forwarder(node.dns_servers, namespace, node.rng)
+        self.windows = WindowBudget(parent=node.windows)
         self.fibers = Fibers(node.reactor)
         self.inbound_connections: set[TunnelConnection] = set()
+        self.handshakes: Counter[str] = Counter()
+        """TLS handshakes in flight on 15008, by source address."""
+        self.inbound_tunnels = 0
         self.pool: Pool
         self.nursery: trio.Nursery
         self.is_draining = False
@@ -240,6 +246,7 @@ class PodProxy:
             context,
             verify=lambda leaf: verify_server_peer(leaf, key.expected),
             connect_timeout=node.config.connect_timeout_seconds,
+            budget=self.windows,
         )
 
     # -- accepting

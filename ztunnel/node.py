@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import trio
 
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.store import Store
 from mesh.reactor import Reactor
@@ -101,6 +102,7 @@ class Node:
     dns_metrics: DnsMetrics
     names: Names
     dns_servers: tuple[SocketAddress, ...]
+    windows: WindowBudget
     watch: StoreWatch = field(default_factory=StoreWatch)
     contexts: TlsContexts = field(default_factory=TlsContexts)
     tracer: Tracer | None = None

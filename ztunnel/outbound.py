@@ -16,7 +16,8 @@ import trio
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
 from mesh.fiber import in_task
-from mesh.hbone.head import ConnectHead, Forwarded, traceparent
+from mesh.hbone.connection import Tunnel
+from mesh.hbone.head import ConnectHead, ConnectResponse, Forwarded, traceparent
 from mesh.hbone.pool import PoolKey
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.model.workload import Workload
@@ -74,10 +75,12 @@ async def _passthrough(
     seconds = node.config.connect_timeout_seconds
     tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
-    dialled = trio.current_time()
+    span = tracked.record.span
+    asked = 0.0 if span is None else trio.current_time()
     upstream = await dial(proxy.namespace, address, proxy.nursery)
     tracked.unlimit()
-    note_dialled(tracked.record, dialled, trio.current_time())
+    if span is not None:
+        note_dialled(span, asked, trio.current_time())
     relay = PlainRelay(node.reactor, sock, upstream)
     node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
     return await relay.wait_closed()
@@ -109,15 +112,7 @@ async def _tunnel(
         source_ip=peer.ip,
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
-    span, asked = record.span, trio.current_time()
-    # Picked here and not by the task that waits, so that the pool's counts are true.
-    while (connection := proxy.pool.acquire_nowait(key)) is None:
-        await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
-    record.destination_identity = connection.peer
-    if span is not None:
-        note_acquired(span, connection, asked, trio.current_time())
-    tunnel = connection.open_tunnel(_head(proxy, source, plan, record))
-    response = await tunnel.wait_response()
+    tunnel, response = await _connect(proxy, key, _head(proxy, source, plan, record), record)
     tracked.unlimit()
     if response.status in _STATUS_DENIED:
         raise Denied(
@@ -132,6 +127,29 @@ async def _tunnel(
     tunnel.relay(sock, is_reset_on_close=True)
     node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
     return await tunnel.wait_closed()
+
+
+async def _connect(
+    proxy: PodProxy, key: PoolKey, head: ConnectHead, record: Record
+) -> tuple[Tunnel, ConnectResponse]:
+    """A tunnel and the answer to its CONNECT. Only what the peer surely did not look at, as it
+    was going away or full, is sent once more, on another connection (RFC 9113 section 8.7).
+    """
+    for may_try_again in (True, True, False):
+        asked = 0.0 if record.span is None else trio.current_time()
+        # Picked here and not by the task that waits, so that the pool's counts are true.
+        while (connection := proxy.pool.acquire_nowait(key)) is None:
+            await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
+        record.destination_identity = connection.peer
+        if record.span is not None:
+            note_acquired(record.span, connection, asked, trio.current_time())
+        tunnel = connection.open_tunnel(head)
+        try:
+            return tunnel, await tunnel.wait_response()
+        except Unavailable:
+            if not (tunnel.was_refused and may_try_again):
+                raise
+    raise AssertionError
 
 
 def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record) -> ConnectHead:

@@ -39,10 +39,16 @@ def note_acquired(span: Span, connection: Dialled, asked: float, now: float) -> 
     span.event("pool.acquired", now)
 
 
-def note_dialled(record: Record, since: float, now: float) -> None:
-    """The far end of a plain connection answered at `now`, dialled at `since` (trio times)."""
-    if record.span is not None:
-        record.span.attributes["ambit.dial_seconds"] = round(now - since, 6)
+def note_accepted(span: Span, connection: Dialled) -> None:
+    """The tunnel came in over `connection`; its first one is told what the handshake took."""
+    if connection.handshake_seconds:
+        span.attributes["ambit.handshake_seconds"] = round(connection.handshake_seconds, 6)
+        connection.handshake_seconds = 0.0
+
+
+def note_dialled(span: Span, asked: float, now: float) -> None:
+    """The far end of a plain connection answered at `now`, dialled at `asked` (trio times)."""
+    span.attributes["ambit.dial_seconds"] = round(now - asked, 6)
 
 
 def attributes(record: Record, ending: Ending) -> dict[str, Attribute]:

@@ -32,6 +32,7 @@ _SILENCE_SECONDS = 90.0
 _WATCH_SECONDS = (240, 480)
 _BUFFERED_EVENTS = 256
 _DISCOVERY_SECONDS = 5.0
+_BUSY_ATTEMPTS = 6
 
 
 class KubernetesCluster:
@@ -297,11 +298,20 @@ class KubernetesCluster:
         body: Mapping[str, Any] | None = None,
         content: str = "json",
     ) -> Object:
-        """One call about `what`. Raises NotFound, Conflict, ConfigError, Unavailable."""
-        try:
-            return await self._server.call(method, path, query=query, body=body, content=content)
-        except ApiFailure as failure:
-            raise _meaning(failure, what) from failure
+        """One call about `what`. Raises NotFound, Conflict, ConfigError, Unavailable.
+
+        A server that has too much to do refuses before it does anything; it is asked again.
+        """
+        for attempt in range(_BUSY_ATTEMPTS):
+            try:
+                return await self._server.call(
+                    method, path, query=query, body=body, content=content
+                )
+            except ApiFailure as failure:
+                if failure.code != 429 or attempt == _BUSY_ATTEMPTS - 1:
+                    raise _meaning(failure, what) from failure
+                await trio.sleep(max(failure.retry_after_seconds, 0.5) * self._rng.uniform(1, 1.5))
+        raise AssertionError  # the last attempt returns or raises
 
 
 def _find(kind: str, group: str, version: str, served: Mapping[str, Any] | None) -> Resource | None:

@@ -3,8 +3,7 @@
 `assign` and `expired` decide, purely; `Pool` is the shell that dials, runs and forgets
 connections. At most one dial per key is in flight, others wait for it. A connection that
 comes near its stream limit is taken out for good and lives until its streams have ended;
-one that stays idle is taken out and closed in order. A CONNECT that was sent is never
-sent again. One pool per captured pod.
+one that stays idle is taken out and closed in order. One pool per captured pod.
 """
 
 from __future__ import annotations

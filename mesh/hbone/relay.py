@@ -198,6 +198,8 @@ class SocketEnd:
                 self._broken(exc)
                 return
             del pending[:sent]
+            if pending:
+                self._tunnel.lag()
             self._tunnel.credit(sent)
             if pending or self._sock is None:
                 return

@@ -60,6 +60,7 @@ class Tunnel:
         "is_closed",
         "received",
         "sent",
+        "was_refused",
     )
 
     _stream: Stream
@@ -70,6 +71,8 @@ class Tunnel:
         self.sent = 0
         self.received = 0
         self.is_closed = False
+        self.was_refused = False
+        """Client: the peer cut it and says that it did nothing about it: it may be sent again."""
         self._sink: Sink | None = None
         self._early = bytearray()
         self._early_end = False
@@ -212,6 +215,10 @@ class Tunnel:
         self.connection.core.end(self._stream)
         self.connection.touch()
 
+    def lag(self) -> None:
+        """The local end does not take what is delivered as it comes."""
+        self._stream.lagged = True
+
     def credit(self, count: int) -> None:
         """`count` delivered bytes were consumed."""
         core = self.connection.core
@@ -281,6 +288,7 @@ class Tunnel:
             else:
                 self._early_stop = True
             return
+        self.was_refused = by_peer and code == h2.REFUSED_STREAM and self._response is None
         who = "the peer" if by_peer else "us, the peer broke a rule"
         self._cut(code, f"stream reset by {who}: {h2.error_name(code)}")
 

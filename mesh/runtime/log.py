@@ -40,6 +40,7 @@ _SECRET_KEY = re.compile(
 LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40, "off": 100}
 
 _levels: dict[str, int] = {"": LEVELS["info"]}
+_configured = ["info"]
 # json.dumps makes an encoder for every call that asks for anything special.
 _to_json = json_module.JSONEncoder(default=str, ensure_ascii=False).encode
 
@@ -52,6 +53,7 @@ def configure(*, json: bool, level: str = "info", stream: TextIO | None = None) 
     `level` is one of LEVELS, or `level,scope=level,...`. Raises ValueError.
     """
     set_level(level)
+    _configured[:] = [level]
     renderer: Any = (
         structlog.processors.JSONRenderer(default=str, ensure_ascii=False)
         if json
@@ -91,6 +93,11 @@ def set_level(text: str) -> None:
         levels[name] = LEVELS[level.lower()]
     _levels.clear()
     _levels.update(levels)
+
+
+def reset_level() -> None:
+    """The levels as they were configured."""
+    set_level(_configured[0])
 
 
 def level_text() -> str:

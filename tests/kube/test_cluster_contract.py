@@ -37,7 +37,7 @@ def namespace() -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Namespace",
-        "metadata": {"name": NAMESPACE, "labels": {"istio.io/dataplane-mode": "ambient"}},
+        "metadata": {"name": NAMESPACE, "labels": {"team": "contract"}},
     }
 
 

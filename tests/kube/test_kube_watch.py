@@ -193,10 +193,10 @@ async def test_kinds_appear_with_their_definition_and_go_with_it(
     definition = {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": "workloadentries.networking.istio.io"},
+        "metadata": {"name": "widgets.tests.ambit.dev"},
         "spec": {
-            "group": "networking.istio.io",
-            "names": {"kind": "WorkloadEntry", "plural": "workloadentries"},
+            "group": "tests.ambit.dev",
+            "names": {"kind": "Widget", "plural": "widgets"},
             "scope": "Namespaced",
             "versions": [
                 {
@@ -214,8 +214,8 @@ async def test_kinds_appear_with_their_definition_and_go_with_it(
         },
     }
     entry = {
-        "apiVersion": "networking.istio.io/v1",
-        "kind": "WorkloadEntry",
+        "apiVersion": "tests.ambit.dev/v1",
+        "kind": "Widget",
         "metadata": {"name": "vm", "namespace": namespace},
         "spec": {"address": "10.0.0.9"},
     }
@@ -230,13 +230,13 @@ async def test_kinds_appear_with_their_definition_and_go_with_it(
                 else:
                     return
 
-    async with watched(cluster, "WorkloadEntry", "ConfigMap") as watch:
+    async with watched(cluster, "Widget.tests.ambit.dev", "ConfigMap") as watch:
         assert reports.said.count("kind_not_served") == 1
         await in_thread(kube.apply, definition)
         await make_entry()
-        await watch.until(lambda w: w.names(namespace, "WorkloadEntry") == {"vm"})
+        await watch.until(lambda w: w.names(namespace, "Widget") == {"vm"})
         await in_thread(kube.delete, definition)
-        await watch.until(lambda w: w.names(namespace, "WorkloadEntry") == set())
+        await watch.until(lambda w: w.names(namespace, "Widget") == set())
         assert watch.faults == []
 
 

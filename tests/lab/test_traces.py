@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.support.labs import TestLab, eventually, running_lab
-from tests.support.otlp import ROTEL, Received, decode
+from tests.support.otlp import ROTEL, Received, Receiver, decode, running_rotel
 from tests.support.tree import ROOT
 
 pytestmark = [pytest.mark.lab, pytest.mark.interop, pytest.mark.timeout(180)]
@@ -157,3 +157,24 @@ def test_traffic_goes_on_when_the_collector_dies(lab: TestLab) -> None:
         assert float(failed[0].split()[-1]) > 0
 
     eventually(counted, seconds=60)
+
+
+def test_a_collector_of_this_machine_over_grpc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Receiver() as receiver, running_rotel(receiver.url, tmp_path) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        with running_lab(DATA / "echo", name="test-traces-out") as lab:
+
+            def traced() -> None:
+                assert lab.python("echo/caller", ASK) == "12"
+                nodes = {each.resource["k8s.node.name"] for each in receiver.spans}
+                assert nodes == {"node1", "node2"}
+
+            eventually(traced, seconds=60)
+    by_id = {each.span_id: each for each in receiver.spans}
+    joined = [each for each in receiver.spans if each.parent_id in by_id]
+    assert joined
+    assert all(each.name == "ztunnel inbound" for each in joined)

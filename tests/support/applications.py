@@ -14,7 +14,7 @@ async def echo(stream: trio.SocketStream) -> None:
             await stream.send_all(stream.socket.getpeername()[0].encode() + b"\n")
             async for data in stream:
                 await stream.send_all(data)
-    except trio.BrokenResourceError:
+    except (trio.BrokenResourceError, OSError):  # reset by now, perhaps before we looked
         pass
 
 

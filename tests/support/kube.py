@@ -178,7 +178,17 @@ class KubeServer:
         token: str = ADMIN,
         content: str = "application/json",
     ) -> Any:
-        """Raises Failed, OSError."""
+        """Raises Failed, OSError. A server that is busy is asked again."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return self._request(method, path, body, token, content)
+            except Failed as exc:
+                if exc.code != 429 or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _request(self, method: str, path: str, body: Any, token: str, content: str) -> Any:
         request = urllib.request.Request(
             f"https://127.0.0.1:{self.port}{path}",
             method=method,

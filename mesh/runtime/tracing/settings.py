@@ -103,7 +103,9 @@ class TracingSettings:
         doc="Spans that may wait for the collector; more are dropped and counted.",
     )
     span_batch: int | None = setting(
-        env="OTEL_BSP_MAX_EXPORT_BATCH_SIZE", default=DEFAULT_BATCH, doc="Spans in one export."
+        env="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        default=None,
+        doc="Spans in one export; by default 512, or the queue if that is smaller.",
     )
     span_delay_ms: int | None = setting(
         env="OTEL_BSP_SCHEDULE_DELAY",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from dnslib import QTYPE, RCODE, RR, A, DNSRecord
 from dnslib.server import BaseResolver, DNSServer
 
 from mesh import netns
+from mesh.hbone.connection import Tunnel, TunnelConnection
 from mesh.model.authorization import (
     Action,
     Authorization,
@@ -22,8 +24,9 @@ from mesh.model.authorization import (
     StringMatch,
 )
 from mesh.model.service import Service, ServicePort
-from mesh.model.workload import NetworkAddress
+from mesh.model.workload import NetworkAddress, TunnelProtocol
 from mesh.sockets import SocketAddress
+from mesh.tls.context import server_context, verify_client_peer
 from tests.support.applications import ask, echo, is_refused, is_reset, read_line, read_to_end
 from tests.support.captured import GATEWAY, can_make_namespaces, captured_mesh
 
@@ -216,6 +219,41 @@ async def test_an_impostor_is_not_talked_to() -> None:
         line = await mesh.notes.wait(direction="outbound")
         assert line["response_flags"] == "IDENTITY_ERROR"
         assert "sa/bank" in str(line["error"])
+
+
+async def test_a_connect_that_the_peer_refuses_to_look_at_is_sent_again() -> None:
+    """The server goes away just when the CONNECT arrives, as one that is upgraded does."""
+    async with captured_mesh() as mesh:
+        curl, web = mesh.add("curl"), mesh.add("web", enrolled=False)
+        mesh.know(curl.workload(), web.workload(tunnel_protocol=TunnelProtocol.HBONE))
+        context = server_context(mesh.ca.issue(web.workload().identity).certificate())
+        seen: list[str] = []
+
+        def on_tunnel(tunnel: Tunnel) -> None:
+            seen.append(tunnel.head.authority)
+            if len(seen) == 1:
+                tunnel.connection.core._last_peer_id = 0
+                tunnel.connection.core.goaway()
+                tunnel.connection.touch()
+            else:
+                tunnel.respond(200)
+                tunnel.send(b"welcome\n")
+
+        async def serve(stream: trio.SocketStream) -> None:
+            sock = socket.socket(fileno=stream.socket.detach())
+            connection = await TunnelConnection.accept(
+                mesh.node.reactor,
+                sock,
+                context,
+                verify=lambda leaf: verify_client_peer(leaf, "cluster.local"),
+                on_tunnel=on_tunnel,
+            )
+            await connection.run()
+
+        mesh.nursery.start_soon(trio.serve_listeners, serve, [web.listen(15008)])
+        async with await curl.connect(web.ip, 8080) as stream:
+            assert await read_line(stream) == "welcome"
+        assert seen == [f"{web.ip}:8080"] * 2
 
 
 async def test_another_trust_domain_is_refused_inbound() -> None:

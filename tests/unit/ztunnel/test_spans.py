@@ -12,7 +12,7 @@ from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.runtime.tracing import Span, Tracer, TracingSettings
 from ztunnel.record import Ending, Record
-from ztunnel.spans import attributes, end_span, note_acquired, note_dialled
+from ztunnel.spans import attributes, end_span, note_accepted, note_acquired, note_dialled
 
 CURL = SpiffeId("cluster.local", "shop", "curl")
 SOURCE = Workload("u", "curl-7d9", "shop", ("10.0.0.1",), workload_name="curl", node="n1")
@@ -91,11 +91,13 @@ def test_where_the_time_went() -> None:
     reused = span()
     note_acquired(reused, Connection(settled_at=3.0), 10.0, 10.0)
     assert reused.attributes == {"ambit.pool.wait_seconds": 0.0, "ambit.pool.reused": True}
-    plain = record()
+    first, second, accepted = span(), span(), Connection(settled_at=9.0)
+    note_accepted(first, accepted)
+    note_accepted(second, accepted)
+    assert (first.attributes, second.attributes) == ({"ambit.handshake_seconds": 0.5}, {})
+    plain = span()
     note_dialled(plain, 10.0, 10.5)
-    plain.span = span()
-    note_dialled(plain, 10.0, 10.5)
-    assert plain.span.attributes == {"ambit.dial_seconds": 0.5}
+    assert plain.attributes == {"ambit.dial_seconds": 0.5}
 
 
 def test_the_end() -> None:
