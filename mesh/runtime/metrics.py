@@ -92,6 +92,9 @@ def tcp_directions(reporter: Reporter, to_tunnel: int, from_tunnel: int) -> tupl
     return (from_tunnel, to_tunnel) if reporter == "source" else (to_tunnel, from_tunnel)
 
 
+_MAX_RECENT = 512
+
+
 class _TcpSeries:
     """The children of one set of labels."""
 
@@ -153,6 +156,8 @@ class TcpMetrics:
         self._idle = idle_seconds
         self._clock = clock
         self._series: dict[TcpLabels, _TcpSeries] = {}
+        # The same by the labels' id, because hashing 25 of them costs more than counting does.
+        self._recent: dict[int, tuple[TcpLabels, _TcpSeries]] = {}
         self._next_expiry = 0.0
 
     def opened(self, labels: TcpLabels) -> None:
@@ -195,6 +200,8 @@ class TcpMetrics:
             for labels, one in self._series.items()
             if not one.open_now and one.last_used < now - self._idle
         ]
+        if stale:
+            self._recent.clear()
         for labels in stale:
             del self._series[labels]
             values = _values(labels)
@@ -204,9 +211,15 @@ class TcpMetrics:
         return len(stale)
 
     def _find(self, labels: TcpLabels) -> _TcpSeries:
-        series = self._series.get(labels)
-        if series is None:
-            series = self._add(labels)
+        recent = self._recent.get(id(labels))
+        if recent is not None:
+            series = recent[1]
+        else:
+            found = self._series.get(labels)
+            series = self._add(labels) if found is None else found
+            if len(self._recent) >= _MAX_RECENT:
+                self._recent.clear()
+            self._recent[id(labels)] = (labels, series)
         series.last_used = self._clock()
         return series
 
