@@ -17,17 +17,18 @@ from dataclasses import dataclass
 
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Ref
-from mesh.cluster.gateways import HBONE_PORT, Gateway, GatewayClass, Listener
-from mesh.cluster.objects import Metadata, Namespace, Pod, Service
+from mesh.cluster.gateways import (
+    HBONE_PORT,
+    WAYPOINT_FOR,
+    Gateway,
+    GatewayClass,
+    Listener,
+    named_gateway,
+)
+from mesh.cluster.objects import Namespace, Pod, Service
 from mesh.identity import SpiffeId
 from mesh.model.workload import GatewayAddress, NamespacedHostname
 
-USE_WAYPOINT = "istio.io/use-waypoint"
-USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"
-WAYPOINT_FOR = "istio.io/waypoint-for"
-INGRESS_USE_WAYPOINT = "istio.io/ingress-use-waypoint"
-GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"
-MANAGED = "gateway.istio.io/managed"
 PROTOCOL = "HBONE"
 TRAFFIC = ("service", "workload", "all", "none")
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -83,23 +84,6 @@ def waypoint_of(
         problem = f"{WAYPOINT_FOR} is none of {', '.join(TRAFFIC)}"
     is_ready = not problem and (has_ready_pod or bool(gateway.addresses))
     return Waypoint(gateway.ref, traffic or "service", listener, is_ready, problem)
-
-
-def named_gateway(view: Metadata, namespace: Namespace | None) -> Ref | None:
-    """The Gateway that an object is to go through by labels, its own or its namespace's."""
-    if is_waypoint_part(view):
-        return None
-    for labels in (view.labels, namespace.labels if namespace else {}):
-        name = labels.get(USE_WAYPOINT)
-        if name:
-            home = labels.get(USE_WAYPOINT_NAMESPACE) or view.namespace
-            return None if name == "none" else Ref("Gateway", home, name)
-    return None
-
-
-def is_waypoint_part(view: Metadata) -> bool:
-    """Whether an object belongs to a waypoint (or another Gateway)."""
-    return GATEWAY_NAME in view.labels or MANAGED in view.labels
 
 
 def bind(

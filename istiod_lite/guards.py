@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from istiod_lite.bindings import Binding, identity_of, is_waypoint_part
+from istiod_lite.bindings import Binding, identity_of
 from istiod_lite.workloads import Mesh, is_published, target_port, tcp_ports
+from mesh.cluster.gateways import is_waypoint_part
 from mesh.cluster.objects import Pod, Service
 from mesh.model.authorization import (
     Action,

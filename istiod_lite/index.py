@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from istiod_lite import peer_authentication, policies, traffic_index, workloads
+from istiod_lite import entries, peer_authentication, policies, traffic_index, workloads
 from istiod_lite.traffic_index import TrafficIndex
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Deleted, Event, Fault, Object, Put, Ref, Synced
+from mesh.cluster.entries import ServiceEntry, WorkloadEntry
 from mesh.cluster.fields import Reader
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.objects import (
@@ -44,12 +45,14 @@ KINDS = (
     "Pod",
     "Service",
     "EndpointSlice",
+    "ServiceEntry",
+    "WorkloadEntry",
     "AuthorizationPolicy",
     "PeerAuthentication",
     *traffic_index.KINDS,
 )
 # In this order what was touched is derived: each may touch what comes after it.
-_ORDER = ("Gateway", "Service", "Pod", "EndpointSlice")
+_ORDER = ("Gateway", "Service", "ServiceEntry", "Pod", "WorkloadEntry", "EndpointSlice")
 V = TypeVar("V")
 _CLOSED = "; until it is repaired, everything that it could concern is denied"
 
@@ -66,7 +69,8 @@ class ClusterIndex:
         self._faults: dict[str, Finding] = {}
         self._findings: dict[Ref, tuple[Finding, ...]] = {}
         self._on_node: dict[str, dict[Ref, None]] = {}
-        self._slice_uids: dict[Ref, frozenset[str]] = {}
+        self._stored: dict[Ref, frozenset[str]] = {}
+        self._owners: dict[str, Ref] = {}
         self._selectors: dict[str, dict[str, Mapping[str, str]]] = {}
         self._peers: dict[Ref, PeerAuthentication] = {}
         self._converted: frozenset[str] = frozenset()
@@ -188,6 +192,13 @@ class ClusterIndex:
             case Service():
                 self._dirty[ref] = None
                 self._touch_endpoints(ref, old, new)
+                self._touch_entries(ref.namespace)
+            case ServiceEntry():
+                self._dirty[ref] = None
+                states = [each for each in (old, new) if isinstance(each, ServiceEntry)]
+                self._mark(entries.touched(self._inventory, states))
+            case WorkloadEntry():
+                self._dirty[ref] = None
             case Namespace():
                 if _distribution(old) != _distribution(new):
                     for service in self._inventory.within(Service, ref.name):
@@ -206,6 +217,10 @@ class ClusterIndex:
         for endpoints in self._inventory.within(EndpointSlice, ref.namespace):
             if endpoints.service == ref.name:
                 self._dirty[endpoints.ref] = None
+
+    def _touch_entries(self, namespace: str) -> None:
+        for entry in self._inventory.within(WorkloadEntry, namespace):
+            self._dirty[entry.ref] = None
 
     def _place(self, ref: Ref, before: frozenset[str], after: frozenset[str]) -> None:
         for node in before - after:
@@ -268,7 +283,9 @@ class ClusterIndex:
         derive: Mapping[str, Callable[[Ref], Iterable[Ref]]] = {
             "Gateway": self._derive_gateway,
             "Service": self._derive_service,
+            "ServiceEntry": self._derive_service_entry,
             "Pod": self._derive_pod,
+            "WorkloadEntry": self._derive_workload_entry,
             "EndpointSlice": self._derive_slice,
         }
         for kind in _ORDER:
@@ -289,11 +306,16 @@ class ClusterIndex:
         if pod is not None:
             services = self._inventory.within(Service, ref.namespace)
             node = self._node(pod.node)
-            named = self._policies_of(pod)
-            workload = workloads.pod_workload(self.mesh, pod, services, node, named)
-            waypoint = self.traffic.pod_waypoint(pod)
-            if workload is not None and waypoint is not None:
-                workload = replace(workload, waypoint=waypoint)
+            policed = self._policies_of(pod)
+            workload = workloads.pod_workload(self.mesh, pod, services, node, policed)
+            if workload is not None:
+                listed = self._inventory.within(ServiceEntry, ref.namespace)
+                chosen = entries.selected_by(listed, pod.labels, {})
+                workload = replace(
+                    workload,
+                    waypoint=self.traffic.pod_waypoint(pod),
+                    services={**workload.services, **chosen},
+                )
         else:
             self.traffic.forget_user(ref)
         self._store(self.addresses, self.mesh.pod_uid(ref.namespace, ref.name), workload)
@@ -335,18 +357,44 @@ class ClusterIndex:
         self._store(self.addresses, self.mesh.service_key(ref.namespace, ref.name), found)
         return touched
 
+    def _derive_service_entry(self, ref: Ref) -> Iterable[Ref]:
+        entry = self._inventory.get(ServiceEntry, ref.namespace, ref.name)
+        if entry is None:
+            return self._replace(ref, {})
+        hosts = entries.hosts_of(
+            self.mesh, entry, self._inventory.within(ServiceEntry, ref.namespace)
+        )
+        return self._replace(ref, entries.resources(self.mesh, entry, hosts))
+
+    def _derive_workload_entry(self, ref: Ref) -> Iterable[Ref]:
+        entry = self._inventory.get(WorkloadEntry, ref.namespace, ref.name)
+        found: dict[str, Workload | model.Service] = {}
+        if entry is not None:
+            services = self._inventory.within(Service, ref.namespace)
+            listed = self._inventory.within(ServiceEntry, ref.namespace)
+            workload = entries.workload_entry(self.mesh, entry, services, listed)
+            found[workload.uid] = workload
+        return self._replace(ref, found)
+
     def _derive_slice(self, ref: Ref) -> Iterable[Ref]:
         endpoints = self._inventory.get(EndpointSlice, ref.namespace, ref.name)
         found: dict[str, Workload] = {}
         if endpoints is not None:
             service = self._inventory.get(Service, ref.namespace, endpoints.service)
             found = workloads.slice_workloads(self.mesh, endpoints, service, self._node)
-        for uid in self._slice_uids.pop(ref, frozenset()) - found.keys():
-            self._store(self.addresses, uid, None)
-        for uid, workload in found.items():
-            self._store(self.addresses, uid, workload)
+        return self._replace(ref, found)
+
+    def _replace(self, ref: Ref, found: Mapping[str, Workload | model.Service]) -> Iterable[Ref]:
+        """Store what one object stands for, and remove what it no longer does."""
+        for name in self._stored.pop(ref, frozenset()) - found.keys():
+            if self._owners.get(name) == ref:
+                del self._owners[name]
+                self._store(self.addresses, name, None)
+        for name, value in found.items():
+            self._owners[name] = ref
+            self._store(self.addresses, name, value)
         if found:
-            self._slice_uids[ref] = frozenset(found)
+            self._stored[ref] = frozenset(found)
         return ()
 
     def _node(self, name: str) -> Node | None:

@@ -9,6 +9,7 @@ are Istio's and Gateway API's.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from istiod_lite import bindings, guards
 from istiod_lite.conditions import (
@@ -58,7 +59,7 @@ def statuses(index: ClusterIndex, shares: Shares) -> dict[Ref, Fragment]:
             if conditions := _policy(index, policy.ref, policy, shares):
                 found[policy.ref] = Fragment(conditions)
     for ref in index.traffic.unreadable():
-        found[ref] = Fragment((_unreadable(index, ref, WAYPOINT_ACCEPTED),))
+        found[ref] = Fragment(_twice(ref, _unreadable(index, ref, WAYPOINT_ACCEPTED)))
     return found
 
 
@@ -257,8 +258,14 @@ def _policy(index: ClusterIndex, ref: Ref, policy: object, shares: Shares) -> tu
         return (Condition(WAYPOINT_ACCEPTED, "False", "AncestorNotBound", message),)
     if error := _errors(index, ref):
         message = f"the state before stays in force: {error}"
-        return (Condition(WAYPOINT_ACCEPTED, "False", "Invalid", message),)
-    return (_at_waypoints(index, ref, len(refs), shares),)
+        return _twice(ref, Condition(WAYPOINT_ACCEPTED, "False", "Invalid", message))
+    return _twice(ref, _at_waypoints(index, ref, len(refs), shares))
+
+
+def _twice(ref: Ref, condition: Condition) -> tuple[Condition, ...]:
+    """Policies of our own say it under Gateway API's name for it, too."""
+    is_ours = ref.kind in ("RateLimitPolicy", "RedactionPolicy")
+    return (condition, replace(condition, type="Accepted")) if is_ours else (condition,)
 
 
 def _at_ztunnel(index: ClusterIndex, ref: Ref, shares: Shares) -> Condition:

@@ -21,10 +21,12 @@ from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Object, Ref
 from mesh.cluster.gateways import (
     GATEWAY_GROUP,
+    GATEWAY_NAME,
     WAYPOINT_CLASS,
     Gateway,
     GatewayClass,
     ReferenceGrant,
+    named_gateway,
 )
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
@@ -129,7 +131,7 @@ class TrafficIndex:
 
     def _gateways_of(self, *views: Metadata | None) -> Iterator[Ref]:
         for view in views:
-            if view is not None and (name := view.labels.get(bindings.GATEWAY_NAME)):
+            if view is not None and (name := view.labels.get(GATEWAY_NAME)):
                 yield Ref("Gateway", view.namespace, name)
 
     def _guarded_by(self, old: Metadata | None, new: Metadata | None) -> list[Ref]:
@@ -190,7 +192,7 @@ class TrafficIndex:
         has_ready_pod = any(
             pod.is_ready and not pod.is_terminating and not pod.is_terminal
             for pod in self._inventory.within(Pod, ref.namespace)
-            if pod.labels.get(bindings.GATEWAY_NAME) == ref.name and pod.service_account == ref.name
+            if pod.labels.get(GATEWAY_NAME) == ref.name and pod.service_account == ref.name
         )
         old, before = self.waypoints.get(ref), self.configs.get(_name(ref))
         new = bindings.waypoint_of(gateway, gateway_class, has_ready_pod=has_ready_pod)
@@ -275,7 +277,7 @@ class TrafficIndex:
 
     def _bind(self, view: Service | Pod) -> Binding:
         namespace = self._inventory.get(Namespace, "", view.namespace)
-        named = bindings.named_gateway(view, namespace)
+        named = named_gateway(view, namespace)
         self._users.set(view.ref, () if named is None else (named,))
         binding = bindings.bind(view, namespace, self.waypoints)
         if binding == Binding():

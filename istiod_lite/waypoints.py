@@ -15,10 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from istiod_lite.bindings import GATEWAY_NAME, MANAGED, waypoint_of
+from istiod_lite.bindings import waypoint_of
 from istiod_lite.workloads import TRAFFIC_DISTRIBUTION
 from mesh.cluster.api import Object, Ref, ref_of
-from mesh.cluster.gateways import GATEWAY_GROUP, HBONE_PORT, WAYPOINT_CLASS, Gateway
+from mesh.cluster.gateways import (
+    GATEWAY_GROUP,
+    GATEWAY_NAME,
+    HBONE_PORT,
+    MANAGED,
+    WAYPOINT_CLASS,
+    Gateway,
+)
 
 CONTROLLER = "istio.io-mesh-controller"
 CLASS_NAME = "gateway.networking.k8s.io/gateway-class-name"

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mesh.cluster.api import Object
+from mesh.cluster.api import Object, Ref
 from mesh.cluster.fields import Reader
-from mesh.cluster.objects import Metadata, read_metadata
+from mesh.cluster.objects import Metadata, Namespace, read_metadata
 
 GATEWAY_GROUP = "gateway.networking.k8s.io"
 WAYPOINT_CLASS = "istio-waypoint"
 WAYPOINT_CONTROLLER = "istio.io/mesh-controller"
 HBONE_PORT = 15008
+USE_WAYPOINT = "istio.io/use-waypoint"
+USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"
+WAYPOINT_FOR = "istio.io/waypoint-for"
+GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"
+MANAGED = "gateway.istio.io/managed"
 _OPERATORS = ("In", "NotIn", "Exists", "DoesNotExist")
 
 
@@ -172,3 +177,20 @@ def parse_reference_grant(obj: Object) -> ReferenceGrant:
         kind, name = each.get("kind").name(), each.get("name").text()
         targets.append(GrantTarget(each.get("group").text(), kind, name))
     return ReferenceGrant(**read_metadata(obj), sources=tuple(sources), targets=tuple(targets))
+
+
+def named_gateway(view: Metadata, namespace: Namespace | None) -> Ref | None:
+    """The Gateway that an object is to go through by labels, its own or its namespace's."""
+    if is_waypoint_part(view):
+        return None
+    for labels in (view.labels, namespace.labels if namespace else {}):
+        name = labels.get(USE_WAYPOINT)
+        if name:
+            home = labels.get(USE_WAYPOINT_NAMESPACE) or view.namespace
+            return None if name == "none" else Ref("Gateway", home, name)
+    return None
+
+
+def is_waypoint_part(view: Metadata) -> bool:
+    """Whether an object belongs to a waypoint (or another Gateway)."""
+    return GATEWAY_NAME in view.labels or MANAGED in view.labels

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias, TypeVar, cast
 
 from mesh.cluster.api import Object, Ref, Source, located
+from mesh.cluster.entries import parse_service_entry, parse_workload_entry
 from mesh.cluster.gateways import parse_gateway, parse_gateway_class, parse_reference_grant
 from mesh.cluster.l7_policies import (
     parse_rate_limit_policy,
@@ -44,6 +45,8 @@ PARSERS: Mapping[str, Parser] = {
     "Service": parse_service,
     "ServiceAccount": parse_service_account,
     "EndpointSlice": parse_endpoint_slice,
+    "ServiceEntry": parse_service_entry,
+    "WorkloadEntry": parse_workload_entry,
     "AuthorizationPolicy": parse_authorization_policy,
     "PeerAuthentication": parse_peer_authentication,
     "RequestAuthentication": parse_request_authentication,

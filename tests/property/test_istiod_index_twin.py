@@ -43,6 +43,8 @@ def objects(draw) -> dict:
                 "Route",
                 "Attached",
                 "Grant",
+                "ServiceEntry",
+                "WorkloadEntry",
             ]
         )
     )
@@ -100,6 +102,18 @@ def objects(draw) -> dict:
             source["namespace"] = draw(NAMESPACES)
             spec = {"from": [source], "to": [{"group": "", "kind": "Service"}]}
             return _object("ReferenceGrant", GATEWAY_API, namespace, name, spec=spec)
+        case "ServiceEntry":
+            hosts = draw(st.sampled_from([["h"], ["h", "i"], ["x.shop.svc.cluster.local"]]))
+            spec = {"hosts": hosts, "ports": [{"number": 80, "name": "p"}]}
+            spec["resolution"] = draw(st.sampled_from(["NONE", "DNS"]))
+            if draw(st.booleans()):
+                spec["workloadSelector"] = {"labels": {"app": draw(APPS)}}
+            elif draw(st.booleans()):
+                spec |= {"resolution": "STATIC", "endpoints": [{"address": "10.5.0.1"}]}
+            return _object(kind, "networking.istio.io/v1", namespace, name, spec=spec)
+        case "WorkloadEntry":
+            spec = {"address": "10.5.0.2", "labels": {"app": draw(APPS)}, "ports": {"p": 81}}
+            return _object(kind, "networking.istio.io/v1", namespace, name, spec=spec)
         case "Attached":
             kinds = st.sampled_from(["Service", "Gateway", "HTTPRoute", "GatewayClass"])
             target = {"kind": draw(kinds), "name": draw(st.sampled_from(["x", "istio-waypoint"]))}
