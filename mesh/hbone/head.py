@@ -35,6 +35,7 @@ _NOT_TOLD: Final = [""]
 _CONNECTION_KEY: Final = "ambit.connection.id="
 _CONNECTION_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _REMEMBERED_BAGGAGE: Final = 1024
+_FEW_HEADERS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +296,13 @@ def encode_response(response: ConnectResponse) -> list[Pair]:
 
 def parse_response(pairs: Iterable[Pair]) -> ConnectResponse:
     """Read an answer. Raises RemoteProtocolError."""
+    told = tuple(pairs)
+    if sum(len(value) for _, value in told) <= _REMEMBERED_BAGGAGE and len(told) <= _FEW_HEADERS:
+        return _parse_known_response(told)
+    return _parse_response(told)
+
+
+def _parse_response(pairs: Iterable[Pair]) -> ConnectResponse:
     known: dict[bytes, list[str]] = {}
     extra: list[Pair] = []
     status = b""
@@ -323,3 +331,7 @@ def _is_plain(value: str) -> bool:
 def _extra(pairs: Iterable[Pair]) -> tuple[tuple[str, str], ...]:
     kept = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs]
     return tuple(kept[:MAX_EXTRA_HEADERS])
+
+
+# Many tunnels of one peer get the same answer.
+_parse_known_response = functools.lru_cache(maxsize=256)(_parse_response)

@@ -312,7 +312,7 @@ def admin_app(name: str, shutdown: lifecycle.Shutdown) -> AdminApp:
             except ValueError as exc:
                 raise ConfigError(str(exc), field="level") from exc
         elif "reset" in request.query:
-            log.set_level("info")
+            log.reset_level()
         return Response.text(f"current log level is {log.level_text()}")
 
     async def quit_now(_request: Request) -> Response:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, Protocol, assert_never, runtime_check
 
 import trio
 
+from mesh import __version__
 from mesh.errors import ConfigError, LocalProtocolError, MeshError
 from mesh.grpc.client import Channel, ClientStream
 from mesh.grpc.codec import Code, GrpcError, Method
@@ -97,7 +98,8 @@ class Observer(Protocol):
 class NodeInfo:
     """Who dials: the pod of a node proxy, its address and node.
 
-    `metadata` is added to the four standard fields (values: strings, or parsed JSON).
+    `metadata` is added to the four standard fields and our version (values: strings, or parsed
+    JSON).
     """
 
     pod_name: str
@@ -119,6 +121,7 @@ class NodeInfo:
                 "NAMESPACE": self.namespace,
                 "INSTANCE_IPS": ",".join(self.addresses),
                 "NODE_NAME": self.node_name,
+                "AMBIT_VERSION": __version__,
                 **self.metadata,
             }
         )

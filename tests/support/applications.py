@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import trio
 
 
@@ -12,7 +14,7 @@ async def echo(stream: trio.SocketStream) -> None:
             await stream.send_all(stream.socket.getpeername()[0].encode() + b"\n")
             async for data in stream:
                 await stream.send_all(data)
-    except trio.BrokenResourceError:
+    except (trio.BrokenResourceError, OSError):  # reset by now, perhaps before we looked
         pass
 
 
@@ -41,6 +43,15 @@ async def ask(stream: trio.SocketStream, payload: bytes) -> tuple[str, bytes]:
                 async for data in stream:
                     heard += data
             return seen, bytes(heard)
+
+
+async def is_refused(connecting: Awaitable[trio.SocketStream]) -> bool:
+    """Whether a new connection ends with RST; connect() itself may see it already."""
+    try:
+        stream = await connecting
+    except ConnectionResetError:
+        return True
+    return await is_reset(stream)
 
 
 async def is_reset(stream: trio.SocketStream) -> bool:

@@ -12,6 +12,7 @@ from mesh.hbone.pool import Pool
 from mesh.identity import SpiffeId
 from mesh.runtime import metrics
 from mesh.runtime.log import AccessLog
+from mesh.runtime.tracing import TracingSettings, open_tracer
 from mesh.secrets import SecretManager
 from mesh.tls.certificate import Certificate
 from tests.support.certs import make_ca
@@ -65,6 +66,7 @@ async def test_the_page_of_metrics_has_every_name_and_no_other() -> None:
     metrics.DnsMetrics(registry)
     metrics.WorkloadManagerMetrics(registry)
     Gauges(registry, SecretManager(_fetch), AccessLog(), list[Pool])
+    open_tracer(TracingSettings(otlp_endpoint="http://127.0.0.1:9"), "x", {}, registry)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(metrics.watch_loop_lag, registry)
         await trio.testing.wait_all_tasks_blocked()
