@@ -8,7 +8,14 @@ import h11
 import pytest
 import trio
 
-from mesh.model.l7_policy import RateLimitPolicy
+from mesh.model.l7_policy import (
+    L7Authorization,
+    L7Operation,
+    L7Rule,
+    RateLimitPolicy,
+    RateLimitRule,
+    RedactionPolicy,
+)
 from mesh.model.route import (
     Backend,
     HeaderChange,
@@ -98,16 +105,36 @@ async def test_failed_tries_are_repeated_and_timeouts_answer_504() -> None:
 
 
 async def test_a_policy_that_nobody_carries_out_fails_closed() -> None:
-    limits = (RateLimitPolicy("shop", "limit", problem="not understood"),)
+    redactions = (RedactionPolicy("shop", "cards"),)
     async with (
         running_app("web-1", key("web")) as app,
         running_waypoint(
-            [service("web", 1), app.workload, traffic("web", rate_limits=limits)]
+            [service("web", 1), app.workload, traffic("web", redactions=redactions)]
         ) as mesh,
     ):
         response, _ = await fetch(await mesh.open("10.96.0.1:80"))
         assert response.status_code == 500
     assert app.requests == []
+
+
+async def test_denied_is_403_and_too_many_is_429() -> None:
+    rules = (L7Rule(operations=(L7Operation(paths=("/admin/*",)),)),)
+    config = traffic(
+        "web",
+        authorizations=(L7Authorization("shop", "no-admin", "DENY", rules),),
+        rate_limits=(RateLimitPolicy("shop", "slow", (RateLimitRule("all", 2, 3600.0),)),),
+    )
+    async with (
+        running_app("web-1", key("web")) as app,
+        running_waypoint([service("web", 1), app.workload, config]) as mesh,
+    ):
+        stream = await mesh.open("10.96.0.1:80")
+        talk = h11.Connection(h11.CLIENT)
+        for path in ("/admin/x", "/a/../admin/x", "/%61dmin/x"):
+            assert (await fetch(stream, path, connection=talk))[0].status_code == 403, path
+        codes = [(await fetch(stream, connection=talk))[0].status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+    assert len(app.requests) == 2
 
 
 @pytest.mark.parametrize("protocol", [AppProtocol.TCP, AppProtocol.UNKNOWN])
