@@ -92,9 +92,6 @@ def tcp_directions(reporter: Reporter, to_tunnel: int, from_tunnel: int) -> tupl
     return (from_tunnel, to_tunnel) if reporter == "source" else (to_tunnel, from_tunnel)
 
 
-_MAX_RECENT = 512
-
-
 class _TcpSeries:
     """The children of one set of labels."""
 
@@ -212,16 +209,13 @@ class TcpMetrics:
 
     def _find(self, labels: TcpLabels) -> _TcpSeries:
         recent = self._recent.get(id(labels))
-        if recent is not None:
-            series = recent[1]
-        else:
-            found = self._series.get(labels)
-            series = self._add(labels) if found is None else found
-            if len(self._recent) >= _MAX_RECENT:
+        if recent is None:
+            if len(self._recent) >= 512:
                 self._recent.clear()
-            self._recent[id(labels)] = (labels, series)
-        series.last_used = self._clock()
-        return series
+            recent = (labels, self._series.get(labels) or self._add(labels))
+            self._recent[id(labels)] = recent
+        recent[1].last_used = self._clock()
+        return recent[1]
 
     def _add(self, labels: TcpLabels) -> _TcpSeries:
         if len(self._series) >= self._max and self._clock() >= self._next_expiry:
