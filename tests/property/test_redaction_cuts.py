@@ -124,3 +124,10 @@ def test_memory_is_bounded_and_time_linear() -> None:
     for _ in range(64):
         body.feed(b"a" * 65536)
         assert len(body._held) <= text_body.MAX_UNIT + 65536
+
+
+def test_a_private_key_without_an_end_does_not_wait_for_ever() -> None:
+    raw = b"-----BEGIN " + b"PRIVATE KEY-----\n" + b"QUJD\n" * 20000
+    out = redact(PLAIN, views.TEXT, cut(raw, list(range(0, len(raw), 4096))))
+    assert out == redact(PLAIN, views.TEXT, [raw])
+    assert out.startswith(b"*" * 16000)

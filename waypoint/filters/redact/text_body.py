@@ -68,8 +68,11 @@ class TextRedactor:
                     break
                 cut = stop
             taken = self._block(held[place:cut], out, is_forced=is_forced, is_last=is_last)
-            if not taken and stop - place < MAX_UNIT:
-                break
+            if not taken:
+                if stop - place < MAX_UNIT:
+                    break
+                # A key without an end fills the window: it has waited long enough.
+                taken = self._block(held[place:stop], out, is_forced=True, is_last=False)
             place += taken
         self._held = held[place:] if place else held
         return b"".join(out)
