@@ -4,7 +4,7 @@ ARGS ?=
 PYTHON_BIN := .venv/bin/python
 CONFIGS := istiod_lite.config netconfig.config ztunnel.config
 
-.PHONY: help demo test check bench fmt docs lock
+.PHONY: help demo test check kube bench fmt docs manifests lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ check: ## the inner loop, about a minute: format, lint, types, house, unit and s
 	@.ci/setup test
 	@.ci/verify tests/house tests/unit tests/shell $(ARGS)
 
+kube: ## build a kube-apiserver (once; needs Go) and run the tests that want one
+	@.ci/setup test
+	@tests/kube/build
+	@$(PYTHON_BIN) -m pytest tests/kube $(ARGS)
+
 bench: ## the numbers of docs/performance.md
 	@.ci/setup test
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(PYTHON_BIN) $$bench $(ARGS) || exit 1; done
@@ -33,6 +38,10 @@ docs: ## write docs/reference/config.md and cli.md from the classes and commands
 	@.ci/setup test
 	@$(PYTHON_BIN) -m mesh.runtime.config_docs $(CONFIGS) > docs/reference/config.md
 	@$(PYTHON_BIN) -m mesh.cli.reference > docs/reference/cli.md
+
+manifests: ## write manifests/ (rendered YAML and Helm chart) from mesh/cli
+	@.ci/setup test
+	@$(PYTHON_BIN) -m mesh.cli.chart manifests
 
 lock: ## resolve the lock files anew (needs uv)
 	@uv pip compile -q pyproject.toml --group build --universal --python-version 3.11 --generate-hashes --no-header -o requirements.lock

@@ -7,7 +7,14 @@ does not read blocks only its own `send`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +22,7 @@ import trio
 
 from istiod_lite.authenticate import Authenticator, Caller
 from istiod_lite.snapshot import Snapshot, diff
-from istiod_lite.subscriptions import ClientNode, ClientState, TypeStatus
+from istiod_lite.subscriptions import ClientNode, ClientState, Holding, Share, TypeStatus
 from mesh.errors import ConfigError, IdentityError, MeshError, RemoteProtocolError
 from mesh.grpc.codec import Code, GrpcError
 from mesh.grpc.server import Call
@@ -27,12 +34,13 @@ _log = log.get(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClientStatus:
-    """One connected client, for listings; `connected_at` is on trio's clock."""
+    """One connected client, for listings; times are on trio's clock."""
 
     node: ClientNode | None
     peer: str
     account: str
     connected_at: float
+    answered_at: float
     types: Mapping[str, TypeStatus]
 
 
@@ -42,6 +50,7 @@ class _Client:
     peer: str
     account: str
     connected_at: float
+    answered_at: float
     wake: trio.Event
 
 
@@ -49,13 +58,17 @@ class AdsService:
     """Handles `mesh.xds.client.DELTA_AGGREGATED_RESOURCES`.
 
     Until the first `publish` streams are held without an answer. Without an `authenticator`
-    everyone is served: for tests.
+    everyone is served: for tests. `on_answer` is called whenever a proxy acknowledges or refuses
+    something, or is gone.
     """
 
-    def __init__(self, authenticator: Authenticator | None) -> None:
+    def __init__(
+        self, authenticator: Authenticator | None, on_answer: Callable[[], None] = lambda: None
+    ) -> None:
         self._authenticator = authenticator
         self._snapshot: Snapshot | None = None
         self._clients: list[_Client] = []
+        self._on_answer = on_answer
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -78,10 +91,30 @@ class AdsService:
                 peer=client.peer,
                 account=client.account,
                 connected_at=client.connected_at,
+                answered_at=client.answered_at,
                 types=client.state.status(),
             )
             for client in self._clients
         ]
+
+    def share(self, type_url: str, names: Collection[str], account: str = "") -> Share:
+        """How many proxies that ask for a type hold all of `names` as they are now.
+
+        Of all, or of those of one account.
+        """
+        held = total = 0
+        refusal = ""
+        for client in self._clients:
+            if account and client.account != account:
+                continue
+            found = {client.state.holds(type_url, name) for name in names}
+            if None in found:
+                continue
+            total += 1
+            held += found <= {Holding.HELD}
+            if Holding.REFUSED in found:
+                refusal = refusal or client.state.refusal(type_url)
+        return Share(held, total, refusal)
 
     async def delta(
         self,
@@ -96,10 +129,11 @@ class AdsService:
         """
         caller = await self._authenticate(call)
         client = _Client(
-            state=ClientState(self._snapshot),
+            state=ClientState(self._snapshot, caller.account if caller is not None else None),
             peer=str(call.peer),
             account=caller.account if caller is not None else "",
             connected_at=trio.current_time(),
+            answered_at=trio.current_time(),
             wake=trio.Event(),
         )
         self._clients.append(client)
@@ -132,6 +166,7 @@ class AdsService:
                 nursery.start_soon(answer)
         finally:
             self._clients.remove(client)
+            self._on_answer()
         if failures:
             raise failures[0]
 
@@ -167,7 +202,9 @@ class AdsService:
                     type=request.type_url[:200],
                     reason=request.error_detail.message[:1000],
                 )
+            client.answered_at = trio.current_time()
             client.wake.set()
+            self._on_answer()
 
     async def _answer(
         self, client: _Client, send: Callable[[DeltaDiscoveryResponse], Awaitable[None]]

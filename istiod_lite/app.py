@@ -2,7 +2,10 @@
 
     app.serve
     ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
-    ├─ root_certificate.run    ConfigMap istio-ca-root-cert in every namespace
+    ├─ seat.write              on one replica only:
+    │  ├─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
+    │  ├─ waypoint_writer.run  ServiceAccount, Service, Deployment of each waypoint Gateway
+    │  └─ status_writer.run    conditions of Gateways, routes, Services, policies
     ├─ serve_grpc              15012: xDS and certificates, over TLS
     └─ monitoring              15014: /ready, /metrics, /debug
 
@@ -13,24 +16,28 @@ later, with the versions they hold), calls get a few seconds, then the process e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 import trio
 
 import mesh
 from istiod_lite.ads import AdsService
-from istiod_lite.authenticate import Authenticator, SignedTokenReviewer, read_keys
-from istiod_lite.authority import Authority, open_authority
+from istiod_lite.authority import Authority
 from istiod_lite.certificates import CertificateService
 from istiod_lite.config import IstiodConfig
 from istiod_lite.debug import DebugPages
-from istiod_lite.index import ClusterIndex
+from istiod_lite.index import KINDS, ClusterIndex
 from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
+from istiod_lite.seat import Seat
+from istiod_lite.status_writer import StatusWriter
+from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
-from mesh.cluster.directory import DirectoryCluster
+from mesh.cluster.open import open_cluster
 from mesh.errors import MeshError
 from mesh.grpc.server import serve_grpc
 from mesh.runtime import lifecycle, log, metrics
@@ -44,7 +51,12 @@ _log = log.get("istiod")
 
 async def run(config: IstiodConfig, shutdown: lifecycle.Shutdown) -> None:
     """The whole daemon, until it has drained. Raises ConfigError, KernelError."""
-    cluster = DirectoryCluster(config.cluster_dir, writable=True)
+    cluster = open_cluster(
+        config.cluster(),
+        kinds=KINDS,
+        manager="ambit-istiod",
+        report=lambda event, fields: _log.info(event, **fields),
+    )
     await serve(config, cluster, shutdown)
     _log.info("stopped")
 
@@ -54,14 +66,20 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
 
     If cancelled: everything is closed at once.
     """
-    authority = open_authority(config.ca_dir, config.trust_domain, _now())
-    read_keys(config.token_issuer_keys)  # say now what would refuse every caller later
+    seat = Seat(config, cluster, _now)
+    authority = await seat.authority()
     registry = metrics.new_registry("istiod", mesh.__version__)
     index = ClusterIndex(config.mesh())
-    authenticator = _authenticator(config)
-    ads = AdsService(authenticator)
+    authenticator = seat.authenticator()
+    ads = AdsService(authenticator, on_answer=lambda: status.look())
+    status = StatusWriter(index, ads, _now)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
-    publisher = Publisher(index, ads, registry, on_push=root.look)
+
+    def on_push() -> None:
+        root.look()
+        status.look()
+
+    publisher = Publisher(index, ads, registry, on_push=on_push)
     counts = Counts(registry, index, ads, publisher.findings)
     readiness = Readiness()
     tasks = {name: readiness.task(name) for name in ("cluster", "root certificate", "xds")}
@@ -78,7 +96,10 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
             nursery.start_soon(metrics.watch_loop_lag, registry)
         await nursery.start(publisher.follow, cluster)
         tasks["cluster"].done()
-        nursery.start_soon(root.run, cluster, tasks["root certificate"].done)
+        published = tasks["root certificate"].done
+        waypoints = WaypointWriter(config.waypoints())
+        writing = partial(_write, cluster, root, waypoints, status, published)
+        nursery.start_soon(seat.write, writing, published)
         certificates = CertificateService(
             authority,
             authenticator,
@@ -91,6 +112,20 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
             tasks["xds"].done()
             _log.info("started", port=config.xds_port, resources=len(index.addresses))
         nursery.cancel_scope.cancel()
+
+
+async def _write(
+    cluster: Cluster,
+    root: RootCertificate,
+    waypoints: WaypointWriter,
+    status: StatusWriter,
+    published: Callable[[], None],
+) -> None:
+    """What one controller of all writes, for ever."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(root.run, cluster, published)
+        nursery.start_soon(waypoints.run, cluster)
+        nursery.start_soon(status.run, cluster)
 
 
 async def _serve_calls(
@@ -114,16 +149,6 @@ async def _serve_calls(
         on_failure=_on_failure,
         task_status=task_status,
     )
-
-
-def _authenticator(config: IstiodConfig) -> Authenticator:
-    reviewer = SignedTokenReviewer(
-        config.token_issuer_keys,
-        audiences=config.token_audiences,
-        issuers=config.token_issuers,
-        clock=_now,
-    )
-    return Authenticator(reviewer, config.cluster_id)
 
 
 def _on_failure(peer: sockets.SocketAddress, error: MeshError) -> None:

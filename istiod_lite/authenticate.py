@@ -30,7 +30,7 @@ ALGORITHMS = ("ES256", "RS256")
 MAX_TOKEN_BYTES = 16 * 1024
 MAX_KEYS_BYTES = 256 * 1024
 _LEEWAY_SECONDS = 5
-_SUBJECT_PREFIX = "system:serviceaccount:"
+SUBJECT_PREFIX = "system:serviceaccount:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +167,9 @@ def may_request(
     """None if `caller` may have a certificate of `identity`, else why not.
 
     Only a trusted node account may, whose token is bound to a pod that exists with that UID
-    and account, for a service account of which a pod that has not failed runs on that pod's
-    node. The trust domain is not compared here. (A caller that names no identity gets its
-    own, by another path.)
+    and account, on the node that the token names (if any), for a service account of which a
+    pod that has not failed runs on that node. The trust domain is not compared here. (A caller
+    that names no identity gets its own, by another path.)
     """
     if caller.account not in trusted_accounts:
         return _refuse(f"{caller.account} is not a trusted node account")
@@ -184,6 +184,8 @@ def may_request(
         return _refuse(f"the caller's pod {caller.pod_name} runs as {pod.service_account}")
     if not pod.node:
         return _refuse(f"the caller's pod {caller.pod_name} is on no node")
+    if caller.node and caller.node != pod.node:
+        return _refuse(f"the token is of node {caller.node}, the caller's pod on {pod.node}")
     for other in index.pods_on_node(pod.node):
         if (
             other.namespace == identity.namespace
@@ -200,9 +202,9 @@ def _refuse(reason: str) -> Refusal:
 
 
 def _caller(claims: Mapping[str, Any]) -> Caller:
-    subject = claims["sub"].removeprefix(_SUBJECT_PREFIX)
+    subject = claims["sub"].removeprefix(SUBJECT_PREFIX)
     namespace, found, account = subject.partition(":")
-    if not claims["sub"].startswith(_SUBJECT_PREFIX) or not found or not namespace or not account:
+    if not claims["sub"].startswith(SUBJECT_PREFIX) or not found or not namespace or not account:
         raise IdentityError("the token is not of a service account")
     bound = _mapping(claims.get("kubernetes.io"))
     pod, node = _mapping(bound.get("pod")), _mapping(bound.get("node"))

@@ -37,7 +37,7 @@ _ROOT_SECONDS = 3650 * DAY_SECONDS
 _INTERMEDIATE_SECONDS = 1825 * DAY_SECONDS
 _SERVING_SECONDS = 365 * DAY_SECONDS
 _MIN_RSA_BITS, _MAX_RSA_BITS = 2048, 8192
-_FILES = ("root-cert.pem", "root-key.pem", "ca-cert.pem", "ca-key.pem")
+FILES = ("root-cert.pem", "root-key.pem", "ca-cert.pem", "ca-key.pem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +143,13 @@ def open_authority(directory: Path, trust_domain: str, now: float) -> Authority:
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        present = [name for name in _FILES if (directory / name).exists()]
+        present = [name for name in FILES if (directory / name).exists()]
         if not present:
             authority = Authority.create(trust_domain, now)
             authority.save(directory)
             return authority
-        if len(present) != len(_FILES):
-            missing = ", ".join(sorted(set(_FILES) - set(present)))
+        if len(present) != len(FILES):
+            missing = ", ".join(sorted(set(FILES) - set(present)))
             raise ConfigError(
                 f"the authority's directory lacks {missing}",
                 file=str(directory),

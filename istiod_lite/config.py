@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from istiod_lite.waypoints import WaypointSettings
 from istiod_lite.workloads import Mesh
+from mesh.cluster.open import SOURCES, ClusterChoice
 from mesh.errors import ConfigError
 from mesh.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
 from mesh.runtime.config import setting
@@ -16,15 +19,38 @@ from mesh.runtime.config import setting
 class IstiodConfig:
     """The controller: tells node proxies of workloads and policies, and certifies identities."""
 
-    cluster_dir: Path = setting(
-        env="CLUSTER_DIR", doc="Directory of live objects, instead of a Kubernetes API server."
+    cluster_source: str = setting(
+        env="CLUSTER_SOURCE",
+        default="",
+        doc="Where objects come from; by default a directory if CLUSTER_DIR is set.",
+        choices=SOURCES,
+    )
+    cluster_dir: Path | None = setting(
+        env="CLUSTER_DIR",
+        default=None,
+        doc="Directory of live objects, instead of a Kubernetes API server.",
+    )
+    kubeconfig: Path | None = setting(
+        env="KUBECONFIG",
+        default=None,
+        doc="How to reach the Kubernetes API; in a pod, its service account without this.",
+    )
+    kube_context: str = setting(
+        env="KUBE_CONTEXT", default="", doc="Context of the kubeconfig; its current one if empty."
     )
     ca_dir: Path = setting(
         env="CA_DIR", doc="Directory of the authority's keys; made at the first start."
     )
-    token_issuer_keys: Path = setting(
+    ca_secret: str = setting(
+        env="CA_SECRET",
+        default="",
+        doc="Name of the Secret of the root namespace that replicas share these keys in.",
+    )
+    token_issuer_keys: Path | None = setting(
         env="TOKEN_ISSUER_KEYS",
-        doc="JWKS file with the public keys that callers' tokens are verified with.",
+        default=None,
+        doc="JWKS file with the public keys that callers' tokens are verified with; without "
+        "it, the Kubernetes API is asked (TokenReview).",
     )
     token_audiences: tuple[str, ...] = setting(
         env="TOKEN_AUDIENCES",
@@ -62,6 +88,11 @@ class IstiodConfig:
         default=(),
         doc="Further names or addresses that callers know the controller by.",
     )
+    pod_name: str = setting(
+        env="POD_NAME",
+        default="",
+        doc="This replica's name in leader election; without it there is no election.",
+    )
     xds_port: int = setting(
         env="XDS_PORT", default=15012, doc="Port of xDS and certificates, gRPC over TLS."
     )
@@ -78,6 +109,14 @@ class IstiodConfig:
         default="127.0.0.1",
         doc="Address of the same. On any but a loopback address /debug is not served.",
     )
+    waypoint_image: str = setting(
+        env="WAYPOINT_IMAGE", default="ambit/waypoint", doc="Image of the pods of waypoints."
+    )
+    waypoint_command: str = setting(
+        env="WAYPOINT_COMMAND",
+        default="python3 -m waypoint",
+        doc="Command of the pods of waypoints, split as a shell does.",
+    )
     drain_seconds: float = setting(
         env="TERMINATION_DRAIN_DURATION_SECONDS",
         default=5.0,
@@ -89,6 +128,11 @@ class IstiodConfig:
     )
 
     def __post_init__(self) -> None:
+        choice = self.cluster()
+        if self.token_issuer_keys is None and not choice.is_kubernetes:
+            raise ConfigError("is needed with a directory", field="token_issuer_keys")
+        if self.ca_secret and not choice.is_kubernetes:
+            raise ConfigError("a directory keeps no secrets", field="ca_secret")
         if not 0 < self.xds_port <= 65535:
             raise ConfigError("is no port", field="xds_port")
         if not 0 <= self.monitoring_port <= 65535:
@@ -109,11 +153,23 @@ class IstiodConfig:
             SpiffeId(self.trust_domain, "namespace", "account")
         except ConfigError as exc:
             raise ConfigError(exc.message, field="trust_domain") from exc
+        try:
+            has_command = bool(shlex.split(self.waypoint_command))
+        except ValueError:
+            has_command = False
+        if not has_command:
+            raise ConfigError("is no command", field="waypoint_command")
         for account in self.ca_trusted_node_accounts:
             if account.count("/") != 1 or not all(account.split("/")):
                 raise ConfigError(
                     f"{account!r} is no namespace/name", field="ca_trusted_node_accounts"
                 )
+
+    def cluster(self) -> ClusterChoice:
+        """Where objects come from. Raises ConfigError."""
+        return ClusterChoice(
+            self.cluster_source, self.cluster_dir, self.kubeconfig, self.kube_context
+        )
 
     def mesh(self) -> Mesh:
         """What derivations need to know."""
@@ -123,6 +179,17 @@ class IstiodConfig:
             domain=self.cluster_domain,
             network=self.network,
             root_namespace=self.root_namespace,
+        )
+
+    def waypoints(self) -> WaypointSettings:
+        """What every waypoint is started with."""
+        return WaypointSettings(
+            image=self.waypoint_image,
+            command=self.waypoint_command,
+            xds_address=f"https://istiod.{self.root_namespace}.svc:{self.xds_port}",
+            trust_domain=self.trust_domain,
+            cluster_domain=self.cluster_domain,
+            cluster_id=self.cluster_id,
         )
 
     def serving_names(self) -> tuple[str, ...]:

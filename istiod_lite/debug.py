@@ -1,7 +1,9 @@
 """What the controller shows of itself: who is connected and in step, what it says, what it found.
 
+/debug/versionz    this controller's version
 /debug/syncz       each client, and per type what it was sent, acknowledged and refused
 /debug/workloadz   the workloads, services and policies that are told, as values
+/debug/trafficz    what each waypoint is told for each service
 /debug/findings    what is wrong or odd, object by object; checks of the whole set included
 """
 
@@ -16,12 +18,14 @@ import trio
 
 from istiod_lite.ads import AdsService, ClientStatus
 from istiod_lite.index import ClusterIndex
+from mesh import __version__
 from mesh.cluster.api import Cluster, Object, Put, Source, Synced
 from mesh.cluster.validate import Finding, check
 from mesh.model.authorization import Authorization
 from mesh.model.service import Service
 from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload
 from mesh.runtime.admin import AdminApp, Request, Response
+from mesh.xds.traffic import TRAFFIC_TYPE
 
 
 class DebugPages:
@@ -41,9 +45,15 @@ class DebugPages:
 
     def add_to(self, app: AdminApp) -> None:
         """Route them."""
+        app.route("/debug/versionz", self.versionz)
         app.route("/debug/syncz", self.syncz)
         app.route("/debug/workloadz", self.workloadz)
+        app.route("/debug/trafficz", self.trafficz)
         app.route("/debug/findings", self.findings)
+
+    async def versionz(self, _request: Request) -> Response:
+        """Which program this is."""
+        return Response.json({"version": __version__})
 
     async def syncz(self, _request: Request) -> Response:
         """The clients."""
@@ -65,6 +75,12 @@ class DebugPages:
                 "policies": [plain(each) for each in models if isinstance(each, Authorization)],
             }
         )
+
+    async def trafficz(self, _request: Request) -> Response:
+        """What waypoints are told, as of the last publication."""
+        current = self._ads.snapshot
+        entries = current.of(TRAFFIC_TYPE).values() if current is not None else ()
+        return Response.json([plain(each.model) for each in entries])
 
     async def findings(self, _request: Request) -> Response:
         """What was found while translating, and by looking at all objects together."""
@@ -98,7 +114,10 @@ def _client(status: ClientStatus, now: float) -> dict[str, Any]:
         "nodeName": node.node_name if node else "",
         "peer": status.peer,
         "account": status.account,
+        "proxyType": node.proxy_type if node else "",
+        "version": _version(node.metadata) if node else "",
         "connectedSeconds": round(now - status.connected_at, 3),
+        "answeredSeconds": round(now - status.answered_at, 3),
         "types": {
             type_url.rpartition("/")[2]: {
                 "wildcard": each.is_wildcard,
@@ -108,11 +127,16 @@ def _client(status: ClientStatus, now: float) -> dict[str, Any]:
                 "acked": each.acked,
                 "nacks": each.nacks,
                 "lastNack": each.last_nack,
-                "inSync": not each.pending and not each.in_flight,
+                "refused": each.refused,
+                "inSync": not each.pending and not each.in_flight and not each.refused,
             }
             for type_url, each in status.types.items()
         },
     }
+
+
+def _version(metadata: Mapping[str, str]) -> str:
+    return metadata.get("AMBIT_VERSION") or metadata.get("ISTIO_VERSION", "")
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
@@ -138,7 +162,7 @@ def plain(value: Any) -> Any:
             return {str(key): plain(each) for key, each in value.items()}
         case tuple():
             return [plain(each) for each in value]
-        case str() | int() | None:
+        case str() | int() | float() | None:
             return value
     fields = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
     return {_camel(name): plain(each) for name, each in fields if each not in ("", None, (), {})}

@@ -1,5 +1,6 @@
 """Everything derived from the cluster's objects, and derived again only where it must be. Pure.
 
+Waypoints and what they are told are in `istiod_lite.traffic_index`; `traffic` is that part.
 `receive` takes the watch's events and notes what they touch: a pod its workload; a Service
 itself and the pods it selects or selected; a policy itself and the workloads whose policies
 it changes; a node the workloads on it. `settle` derives what was noted. Values that come out
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from istiod_lite import peer_authentication, policies, workloads
+from istiod_lite import entries, peer_authentication, policies, traffic_index, workloads
+from istiod_lite.traffic_index import TrafficIndex
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Deleted, Event, Fault, Object, Put, Ref, Synced
+from mesh.cluster.entries import ServiceEntry, WorkloadEntry
 from mesh.cluster.fields import Reader
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.objects import (
@@ -42,9 +45,14 @@ KINDS = (
     "Pod",
     "Service",
     "EndpointSlice",
+    "ServiceEntry",
+    "WorkloadEntry",
     "AuthorizationPolicy",
     "PeerAuthentication",
+    *traffic_index.KINDS,
 )
+# In this order what was touched is derived: each may touch what comes after it.
+_ORDER = ("Gateway", "Service", "ServiceEntry", "Pod", "WorkloadEntry", "EndpointSlice")
 V = TypeVar("V")
 _CLOSED = "; until it is repaired, everything that it could concern is denied"
 
@@ -57,17 +65,29 @@ class ClusterIndex:
         self.addresses: dict[str, Workload | model.Service] = {}
         self.policies: dict[str, Authorization] = {}
         self._inventory = Inventory()
+        self.traffic = TrafficIndex(mesh, self._inventory)
         self._faults: dict[str, Finding] = {}
         self._findings: dict[Ref, tuple[Finding, ...]] = {}
         self._on_node: dict[str, dict[Ref, None]] = {}
-        self._slice_uids: dict[Ref, frozenset[str]] = {}
+        self._stored: dict[Ref, frozenset[str]] = {}
+        self._owners: dict[str, Ref] = {}
         self._selectors: dict[str, dict[str, Mapping[str, str]]] = {}
         self._peers: dict[Ref, PeerAuthentication] = {}
         self._converted: frozenset[str] = frozenset()
+        self._guards: dict[Ref, frozenset[str]] = {}
         self._dirty: dict[Ref, None] = {}
         self._changed = False
 
     # -- what others ask -----------------------------------------------------------------
+
+    @property
+    def inventory(self) -> Inventory:
+        """The objects themselves."""
+        return self._inventory
+
+    def problems(self, ref: Ref) -> tuple[Finding, ...]:
+        """What is wrong or odd about one object."""
+        return self._findings.get(ref, ())
 
     def pod(self, namespace: str, name: str) -> Pod | None:
         """The pod of that name."""
@@ -104,7 +124,8 @@ class ClusterIndex:
                     self._set_policy(ref, None, None)
                 elif ref.kind == "PeerAuthentication":
                     self._set_peer(ref, None)
-                elif old is not None:
+                self._mark(self.traffic.forget(ref))
+                if old is not None:
                     self._touch(ref, old, None)
             case Fault(error, repaired):
                 if repaired:
@@ -121,7 +142,7 @@ class ClusterIndex:
             new = self._inventory.put(ref, put.object, put.source)
         except ConfigError as exc:
             finding = finding_of(exc, ref)
-            if old is None and self._close(ref, put.object):
+            if old is None and self._close(ref, put.object, exc.message):
                 finding = replace(finding, message=finding.message + _CLOSED)
             self._findings[ref] = (finding,)
             return
@@ -134,11 +155,15 @@ class ClusterIndex:
                 self._set_policy(ref, translated.authorization, new.selector)
             case PeerAuthentication():
                 self._set_peer(ref, new)
-            case Metadata():
-                self._touch(ref, old, new)
+        if new is not None:
+            self._touch(ref, old, new)
 
-    def _close(self, ref: Ref, obj: Object) -> bool:
+    def _close(self, ref: Ref, obj: Object, problem: str) -> bool:
         """Let a policy that was never readable deny; False for what is no policy."""
+        touched = self.traffic.close(ref, obj, problem)
+        if touched is not None:
+            self._mark(touched)
+            return True
         if ref.kind == "AuthorizationPolicy":
             closed = policies.closed(ref, obj, self.mesh.root_namespace)
             if closed is not None:
@@ -155,7 +180,11 @@ class ClusterIndex:
 
     # -- what an object touches ----------------------------------------------------------
 
+    def _mark(self, refs: Iterable[Ref]) -> None:
+        self._dirty.update(dict.fromkeys(refs))
+
     def _touch(self, ref: Ref, old: Metadata | None, new: Metadata | None) -> None:
+        self._mark(self.traffic.touched(ref, old, new))
         match new or old:
             case Pod() | EndpointSlice():
                 self._place(ref, _nodes_of(old), _nodes_of(new))
@@ -163,6 +192,13 @@ class ClusterIndex:
             case Service():
                 self._dirty[ref] = None
                 self._touch_endpoints(ref, old, new)
+                self._touch_entries(ref.namespace)
+            case ServiceEntry():
+                self._dirty[ref] = None
+                states = [each for each in (old, new) if isinstance(each, ServiceEntry)]
+                self._mark(entries.touched(self._inventory, states))
+            case WorkloadEntry():
+                self._dirty[ref] = None
             case Namespace():
                 if _distribution(old) != _distribution(new):
                     for service in self._inventory.within(Service, ref.name):
@@ -181,6 +217,10 @@ class ClusterIndex:
         for endpoints in self._inventory.within(EndpointSlice, ref.namespace):
             if endpoints.service == ref.name:
                 self._dirty[endpoints.ref] = None
+
+    def _touch_entries(self, namespace: str) -> None:
+        for entry in self._inventory.within(WorkloadEntry, namespace):
+            self._dirty[entry.ref] = None
 
     def _place(self, ref: Ref, before: frozenset[str], after: frozenset[str]) -> None:
         for node in before - after:
@@ -240,26 +280,46 @@ class ClusterIndex:
 
     def settle(self) -> bool:
         """Derive what was touched; whether `addresses` or `policies` changed since last time."""
-        derive: Mapping[str, Callable[[Ref], None]] = {
-            "Pod": self._derive_pod,
+        derive: Mapping[str, Callable[[Ref], Iterable[Ref]]] = {
+            "Gateway": self._derive_gateway,
             "Service": self._derive_service,
+            "ServiceEntry": self._derive_service_entry,
+            "Pod": self._derive_pod,
+            "WorkloadEntry": self._derive_workload_entry,
             "EndpointSlice": self._derive_slice,
         }
-        for ref in self._dirty:
-            derive[ref.kind](ref)
-        self._dirty.clear()
+        for kind in _ORDER:
+            for ref in [each for each in self._dirty if each.kind == kind]:
+                del self._dirty[ref]
+                self._mark(derive[kind](ref))
         changed, self._changed = self._changed, False
         return changed
 
-    def _derive_pod(self, ref: Ref) -> None:
+    def _derive_gateway(self, ref: Ref) -> Iterable[Ref]:
+        touched = self.traffic.derive_gateway(ref)
+        self._changed |= self.traffic.has_changed()
+        return touched
+
+    def _derive_pod(self, ref: Ref) -> Iterable[Ref]:
         pod = self.pod(ref.namespace, ref.name)
         workload = None
         if pod is not None:
             services = self._inventory.within(Service, ref.namespace)
             node = self._node(pod.node)
-            named = self._policies_of(pod)
-            workload = workloads.pod_workload(self.mesh, pod, services, node, named)
+            policed = self._policies_of(pod)
+            workload = workloads.pod_workload(self.mesh, pod, services, node, policed)
+            if workload is not None:
+                listed = self._inventory.within(ServiceEntry, ref.namespace)
+                chosen = entries.selected_by(listed, pod.labels, {})
+                workload = replace(
+                    workload,
+                    waypoint=self.traffic.pod_waypoint(pod),
+                    services={**workload.services, **chosen},
+                )
+        else:
+            self.traffic.forget_user(ref)
         self._store(self.addresses, self.mesh.pod_uid(ref.namespace, ref.name), workload)
+        return ()
 
     def _policies_of(self, pod: Pod) -> tuple[str, ...]:
         root = self.mesh.root_namespace
@@ -272,28 +332,70 @@ class ClusterIndex:
         peers = peer_authentication.policies_for(
             self._peers.values(), pod.namespace, pod.labels, root
         )
-        return (*sorted(named), *peers)
+        return (*sorted(named), *self.traffic.guards_of(pod), *peers)
 
-    def _derive_service(self, ref: Ref) -> None:
+    def _derive_service(self, ref: Ref) -> Iterable[Ref]:
         service = self._inventory.get(Service, ref.namespace, ref.name)
         found = None
-        if service is not None:
+        guards = self._guards.pop(ref, frozenset())
+        if service is not None and workloads.is_published(service):
             namespace = self._inventory.get(Namespace, "", ref.namespace)
+            waypoint, touched = self.traffic.service_waypoint(service)
             found = workloads.mesh_service(self.mesh, service, namespace)
+            if found is not None and waypoint is not None:
+                found = replace(found, waypoint=waypoint)
+        else:
+            touched = self.traffic.forget_user(ref)
+        current = {each.key: each for each in self.traffic.guards.get(ref, {}).values()}
+        for key in guards - current.keys():
+            self._store(self.policies, key, None)
+        for key, authorization in current.items():
+            self._store(self.policies, key, authorization)
+        if current:
+            self._guards[ref] = frozenset(current)
+        self._changed |= self.traffic.has_changed()
         self._store(self.addresses, self.mesh.service_key(ref.namespace, ref.name), found)
+        return touched
 
-    def _derive_slice(self, ref: Ref) -> None:
+    def _derive_service_entry(self, ref: Ref) -> Iterable[Ref]:
+        entry = self._inventory.get(ServiceEntry, ref.namespace, ref.name)
+        if entry is None:
+            return self._replace(ref, {})
+        hosts = entries.hosts_of(
+            self.mesh, entry, self._inventory.within(ServiceEntry, ref.namespace)
+        )
+        return self._replace(ref, entries.resources(self.mesh, entry, hosts))
+
+    def _derive_workload_entry(self, ref: Ref) -> Iterable[Ref]:
+        entry = self._inventory.get(WorkloadEntry, ref.namespace, ref.name)
+        found: dict[str, Workload | model.Service] = {}
+        if entry is not None:
+            services = self._inventory.within(Service, ref.namespace)
+            listed = self._inventory.within(ServiceEntry, ref.namespace)
+            workload = entries.workload_entry(self.mesh, entry, services, listed)
+            found[workload.uid] = workload
+        return self._replace(ref, found)
+
+    def _derive_slice(self, ref: Ref) -> Iterable[Ref]:
         endpoints = self._inventory.get(EndpointSlice, ref.namespace, ref.name)
         found: dict[str, Workload] = {}
         if endpoints is not None:
             service = self._inventory.get(Service, ref.namespace, endpoints.service)
             found = workloads.slice_workloads(self.mesh, endpoints, service, self._node)
-        for uid in self._slice_uids.pop(ref, frozenset()) - found.keys():
-            self._store(self.addresses, uid, None)
-        for uid, workload in found.items():
-            self._store(self.addresses, uid, workload)
+        return self._replace(ref, found)
+
+    def _replace(self, ref: Ref, found: Mapping[str, Workload | model.Service]) -> Iterable[Ref]:
+        """Store what one object stands for, and remove what it no longer does."""
+        for name in self._stored.pop(ref, frozenset()) - found.keys():
+            if self._owners.get(name) == ref:
+                del self._owners[name]
+                self._store(self.addresses, name, None)
+        for name, value in found.items():
+            self._owners[name] = ref
+            self._store(self.addresses, name, value)
         if found:
-            self._slice_uids[ref] = frozenset(found)
+            self._stored[ref] = frozenset(found)
+        return ()
 
     def _node(self, name: str) -> Node | None:
         return self._inventory.get(Node, "", name)

@@ -98,7 +98,8 @@ class Publisher:
 
     def _publish(self) -> None:
         index = self._index
-        new = snapshot.build(index.addresses, index.policies, self._ads.snapshot)
+        traffic = index.traffic.configs
+        new = snapshot.build(index.addresses, index.policies, self._ads.snapshot, traffic)
         self._ads.publish(new)
         self._pushes.inc()
         _log.debug("pushed", addresses=len(index.addresses), policies=len(index.policies))

@@ -21,13 +21,16 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from mesh.errors import ConfigError
 from mesh.model.authorization import Authorization
+from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import GatewayAddress, NamespacedHostname, Workload
 from mesh.proto.discovery_pb2 import Resource as ResourceMessage
+from mesh.xds.traffic import MAX_BYTES, TRAFFIC_TYPE, traffic_to_proto
 from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource, encode, resource_name
 
 # The order in which a client is told: a policy may name workloads, never the reverse.
-TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE)
+TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE, TRAFFIC_TYPE)
+Told = Resource | TrafficConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class VersionedResource:
 
     name: str
     version: str
-    model: Resource
+    model: Told
     message: ResourceMessage = field(repr=False, compare=False)
 
 
@@ -73,6 +76,18 @@ class Snapshot:
         """
         return self._index.find(key)
 
+    def of_waypoint(self, gateway: str) -> frozenset[str]:
+        """The names of the TrafficConfigs of one waypoint, `namespace/name`: nobody else's."""
+        return self._by_waypoint.get(gateway, frozenset())
+
+    @cached_property
+    def _by_waypoint(self) -> Mapping[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for name, entry in self.of(TRAFFIC_TYPE).items():
+            if isinstance(entry.model, TrafficConfig):
+                found.setdefault(entry.model.gateway, set()).add(name)
+        return {gateway: frozenset(names) for gateway, names in found.items()}
+
     def on_node(self, node: str) -> frozenset[str]:
         """The uids of the workloads of one node."""
         return frozenset(self._index.nodes.get(node, ())) if node else frozenset()
@@ -86,6 +101,7 @@ def build(
     addresses: Mapping[str, Workload | Service],
     policies: Mapping[str, Authorization],
     previous: Snapshot | None = None,
+    traffic: Mapping[str, TrafficConfig] | None = None,
 ) -> Snapshot:
     """A snapshot of these models, keyed by resource name.
 
@@ -97,6 +113,7 @@ def build(
     resources = {
         ADDRESS_TYPE: dict(_versioned(ADDRESS_TYPE, addresses, before, faults)),
         AUTHORIZATION_TYPE: dict(_versioned(AUTHORIZATION_TYPE, policies, before, faults)),
+        TRAFFIC_TYPE: dict(_versioned(TRAFFIC_TYPE, traffic or {}, before, faults)),
     }
     return Snapshot(resources, tuple(faults))
 
@@ -123,7 +140,9 @@ def version_of(serialised: bytes) -> str:
 
 def _versioned(
     type_url: str,
-    models: Mapping[str, Workload | Service] | Mapping[str, Authorization],
+    models: Mapping[str, Workload | Service]
+    | Mapping[str, Authorization]
+    | Mapping[str, TrafficConfig],
     previous: Snapshot,
     faults: list[ConfigError],
 ) -> Iterator[tuple[str, VersionedResource]]:
@@ -134,9 +153,7 @@ def _versioned(
             yield name, before
             continue
         try:
-            if resource_name(model) != name:
-                raise ConfigError(f"resource {name!r} calls itself {resource_name(model)!r}")
-            data = encode(model)
+            data = _encoded(name, model)
         except ConfigError as exc:
             faults.append(exc)
             continue
@@ -147,10 +164,22 @@ def _versioned(
         yield name, VersionedResource(name, version, model, message)
 
 
+def _encoded(name: str, model: Told) -> bytes:
+    called = model.key if isinstance(model, TrafficConfig) else resource_name(model)
+    if called != name:
+        raise ConfigError(f"resource {name!r} calls itself {called!r}")
+    if not isinstance(model, TrafficConfig):
+        return encode(model)
+    message = traffic_to_proto(model)
+    if len(message.model) > MAX_BYTES:
+        raise ConfigError(f"{name}: {len(message.model)} bytes are too much for a waypoint")
+    return message.SerializeToString(deterministic=True)
+
+
 class _AddressIndex:
     """Who is where; built only when a client asks on demand."""
 
-    def __init__(self, models: Iterable[Resource]) -> None:
+    def __init__(self, models: Iterable[Told]) -> None:
         self.nodes: dict[str, set[str]] = {}
         self._workloads: dict[str, Workload] = {}
         self._services: dict[str, Service] = {}

@@ -13,6 +13,7 @@ when it is unknown or is not the name of a resource (clients wait for the key it
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from istiod_lite.snapshot import TYPES, Delta, Snapshot
 from mesh.errors import RemoteProtocolError
 from mesh.model.service import Service
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
+from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
 
 MAX_TYPES = 8
@@ -55,6 +57,29 @@ class TypeStatus:
     acked: str
     nacks: int
     last_nack: str
+    refused: int = 0
+
+
+class Holding(enum.Enum):
+    """How far one resource is with one client."""
+
+    HELD = "held"
+    PENDING = "pending"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of `total` proxies `held` have acknowledged something; `refusal` is what one said."""
+
+    held: int
+    total: int
+    refusal: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are proxies, and all of them have it."""
+        return 0 < self.total == self.held
 
 
 @dataclass(slots=True)
@@ -67,6 +92,9 @@ class _Subscription:
     unanswered: set[str] = field(default_factory=set)
     is_first: bool = True
     in_flight: str = ""
+    # Names in the response that is in flight, and those of refused ones with their versions.
+    unconfirmed: frozenset[str] = frozenset()
+    refused: dict[str, str] = field(default_factory=dict)
     acked: str = ""
     nacks: int = 0
     last_nack: str = ""
@@ -75,9 +103,13 @@ class _Subscription:
 class ClientState:
     """One stream. `snapshot` is None until the controller knows the cluster: nothing is
     answered before, because an early empty answer would read as "everything is gone".
+
+    `account` is the caller's `namespace/service-account`, by its token: a waypoint is told the
+    TrafficConfigs of the Gateway of that name, and nobody any other. None sees all: for tests.
     """
 
-    def __init__(self, snapshot: Snapshot | None = None) -> None:
+    def __init__(self, snapshot: Snapshot | None = None, account: str | None = None) -> None:
+        self._account = account
         self.node: ClientNode | None = None
         self._snapshot = snapshot
         self._types: dict[str, _Subscription] = {}
@@ -93,11 +125,16 @@ class ClientState:
             return
         if request.response_nonce and request.response_nonce == subscription.in_flight:
             subscription.in_flight = ""
+            for name in subscription.unconfirmed:
+                subscription.refused.pop(name, None)
             if request.HasField("error_detail"):
                 subscription.nacks += 1
                 subscription.last_nack = request.error_detail.message[:MAX_NACK_TEXT]
+                sent = subscription.sent
+                subscription.refused |= {n: sent[n] for n in subscription.unconfirmed if n in sent}
             else:
                 subscription.acked = request.response_nonce
+            subscription.unconfirmed = frozenset()
         if request.resource_names_subscribe or request.resource_names_unsubscribe:
             self._change(subscription, request)
             self._mark_all(request.type_url, subscription)
@@ -110,7 +147,7 @@ class ClientState:
             if is_first or not subscription.is_wildcard:
                 self._mark_all(type_url, subscription)
             elif (delta := deltas.get(type_url)) is not None:
-                subscription.dirty |= delta.changed
+                subscription.dirty |= delta.changed & self._visible(type_url, snapshot)
                 for name in delta.removed:
                     # A resource that came and went unseen needs no word at all.
                     if name in subscription.sent:
@@ -127,6 +164,23 @@ class ClientState:
         found = (self._respond(type_url, self._snapshot) for type_url in known + others)
         return [response for response in found if response is not None]
 
+    def holds(self, type_url: str, name: str) -> Holding | None:
+        """Whether the client has the resource as it is now; None if it did not ask for the type."""
+        subscription = self._types.get(type_url)
+        if subscription is None or self._snapshot is None:
+            return None
+        current = self._snapshot.of(type_url).get(name)
+        version = current.version if current is not None else None
+        if version is not None and subscription.refused.get(name) == version:
+            return Holding.REFUSED
+        is_held = subscription.sent.get(name) == version and name not in subscription.unconfirmed
+        return Holding.HELD if is_held else Holding.PENDING
+
+    def refusal(self, type_url: str) -> str:
+        """What the client said when it refused something last."""
+        subscription = self._types.get(type_url)
+        return subscription.last_nack if subscription is not None else ""
+
     def status(self) -> dict[str, TypeStatus]:
         """The standing of each type, for listings."""
         return {
@@ -138,6 +192,7 @@ class ClientState:
                 acked=subscription.acked,
                 nacks=subscription.nacks,
                 last_nack=subscription.last_nack,
+                refused=len(subscription.refused),
             )
             for type_url, subscription in self._types.items()
         }
@@ -166,11 +221,17 @@ class ClientState:
             subscription.keys.discard(name)
             subscription.unanswered.discard(name)
 
+    def _visible(self, type_url: str, snapshot: Snapshot) -> Set[str]:
+        """The names of the resources that this client may be told."""
+        if type_url == TRAFFIC_TYPE and self._account is not None:
+            return snapshot.of_waypoint(self._account)
+        return snapshot.of(type_url).keys()
+
     def _wanted(self, type_url: str, subscription: _Subscription, snapshot: Snapshot) -> Set[str]:
         if subscription.is_wildcard:
-            return snapshot.of(type_url).keys()
+            return self._visible(type_url, snapshot)
         if type_url != ADDRESS_TYPE:
-            return subscription.keys & snapshot.of(type_url).keys()
+            return subscription.keys & self._visible(type_url, snapshot)
         wanted: set[str] = set()
         for key in subscription.keys:
             wanted |= snapshot.find(key)
@@ -194,7 +255,7 @@ class ClientState:
             return None
         current = snapshot.of(type_url)
         wanted = self._wanted(type_url, subscription, snapshot)
-        asked = subscription.unanswered & current.keys()
+        asked = subscription.unanswered & self._visible(type_url, snapshot)
         updated = [
             current[name]
             for name in subscription.dirty | asked
@@ -220,6 +281,9 @@ class ClientState:
         self._nonce += 1
         subscription.is_first = False
         subscription.in_flight = f"{self._nonce:x}"
+        subscription.unconfirmed = frozenset((*(each.name for each in updated), *removed))
+        for name in removed:
+            subscription.refused.pop(name, None)
         response = DeltaDiscoveryResponse(
             type_url=type_url,
             nonce=subscription.in_flight,

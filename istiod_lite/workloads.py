@@ -209,7 +209,7 @@ def mesh_service(
         port.number: model.ServicePort(
             port.number,
             port.target if isinstance(port.target, int) else 0,
-            _app_protocol(port),
+            app_protocol(port.app_protocol, port.name),
         )
         for port in tcp_ports(service)
     }
@@ -225,11 +225,12 @@ def mesh_service(
     )
 
 
-def _app_protocol(port: ServicePort) -> model.AppProtocol:
-    if port.app_protocol:
-        return _APP_PROTOCOLS.get(port.app_protocol.lower(), model.AppProtocol.UNKNOWN)
+def app_protocol(declared: str, name: str) -> model.AppProtocol:
+    """What a port speaks, by its `appProtocol`, else by its name."""
+    if declared:
+        return _APP_PROTOCOLS.get(declared.lower(), model.AppProtocol.UNKNOWN)
     # `http-web` speaks http by its name; `grpc-web` is a protocol of its own.
-    name = port.name.lower()
+    name = name.lower()
     for prefix in (name, name.partition("-")[0]):
         if prefix in _APP_PROTOCOLS:
             return _APP_PROTOCOLS[prefix]

@@ -14,6 +14,7 @@ A `Judge` is compiled once for a set of policies and asked once per connection. 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,16 @@ class _Facts:
         self.principal = identity.principal if identity else None
         self.namespace = identity.namespace if identity else ""
         self.service_account = (identity.namespace, identity.service_account) if identity else None
-        source = ipaddress.ip_address(context.source_ip)
-        destination = ipaddress.ip_address(context.destination_ip)
-        self.source = (source.version, int(source))
-        self.destination = (destination.version, int(destination))
+        self.source = _number(context.source_ip)
+        self.destination = _number(context.destination_ip)
         self.port = context.destination_port
+
+
+@functools.lru_cache(maxsize=4096)
+def _number(ip: str) -> tuple[int, int]:
+    """(IP version, address). The same few callers come again and again."""
+    address = ipaddress.ip_address(ip)
+    return address.version, int(address)
 
 
 _Test: TypeAlias = Callable[[_Facts], bool]

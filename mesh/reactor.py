@@ -36,6 +36,8 @@ _LONGEST_WAIT = 3600.0
 class SharedClock(trio.abc.Clock):
     """trio's clock (monotonic seconds), for `trio.run(..., clock=SharedClock())`: a Reactor turns
     whenever trio would sleep.
+
+    trio.testing.wait_all_tasks_blocked does not work with it: trio does not tell clocks of it.
     """
 
     def __init__(self) -> None:
@@ -86,6 +88,14 @@ class Flushable(Protocol):
         ...
 
 
+class Resumable(Protocol):
+    """Something that was woken and goes on before the turn's output is flushed (a fiber)."""
+
+    def resume(self) -> None:
+        """Go on. Reports its own bugs."""
+        ...
+
+
 class _Alarm:
     """The descriptor that ends the wait when a trio task defers a flush."""
 
@@ -121,6 +131,7 @@ class Reactor:
         self._handlers: dict[int, Handler] = {}
         self._events: dict[int, int] = {}
         self._deferred: list[Flushable] = []
+        self._woken: list[Resumable] = []
         self._alarm = _Alarm()
         self._waiting = True
         self._rung = False
@@ -179,9 +190,23 @@ class Reactor:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
+    def forget(self, fd: int) -> None:
+        """As `remove`, for a descriptor without a duplicate that is closed next: the kernel
+        then stops watching it by itself.
+        """
+        if self._handlers.pop(fd, None) is not None:
+            del self._events[fd]
+
     def defer(self, flushable: Flushable) -> None:
         """Call `flushable.flush()` once, at the end of this turn (or soon, outside of one)."""
         self._deferred.append(flushable)
+        if self._waiting and not self._rung and not self._epoll.closed:
+            self._rung = True
+            self._alarm.ring()
+
+    def wake(self, resumable: Resumable) -> None:
+        """Call `resumable.resume()` in this turn, before anything is flushed (or soon)."""
+        self._woken.append(resumable)
         if self._waiting and not self._rung and not self._epoll.closed:
             self._rung = True
             self._alarm.ring()
@@ -216,7 +241,7 @@ class Reactor:
     def turn_until(self, deadline: float, is_over: Callable[[], bool]) -> None:
         """Turn, sleeping in between, until the deadline (monotonic) or until `is_over()`."""
         poll, clock = self._epoll.poll, time.monotonic
-        if self._deferred:
+        if self._deferred or self._woken:
             self._turn(())
         while not is_over() and (left := deadline - clock()) > 0:
             self._turn(poll(min(left, _LONGEST_WAIT), _EVENTS_PER_POLL))
@@ -224,7 +249,7 @@ class Reactor:
     def turn_once(self) -> None:
         """Handle what is there, without sleeping."""
         ready = self._epoll.poll(0, _EVENTS_PER_POLL)
-        if ready or self._deferred:
+        if ready or self._deferred or self._woken:
             self._turn(ready)
 
     async def _run_nested(self) -> None:
@@ -236,7 +261,7 @@ class Reactor:
             self._waiting = self._rung = False
             try:
                 started = clock()
-                while (ready := poll(0, _EVENTS_PER_POLL)) or self._deferred:
+                while (ready := poll(0, _EVENTS_PER_POLL)) or self._deferred or self._woken:
                     self._turn(ready)
                     if clock() - started > _YIELD_SECONDS:
                         await trio.lowlevel.checkpoint()
@@ -258,7 +283,13 @@ class Reactor:
                 handler.on_readable()
             except Exception as error:
                 self._failed(handler, error, fd)
-        if self._deferred:
+        # Fibers first, so that what they say goes out with the rest. Both may cause more of both.
+        while self._woken or self._deferred:
+            woken, self._woken = self._woken, []
+            for resumable in woken:
+                resumable.resume()
+            if self._woken:
+                continue
             deferred, self._deferred = self._deferred, []
             for flushable in deferred:
                 try:

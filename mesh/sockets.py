@@ -209,17 +209,22 @@ def open_outgoing(
     namespace: int | None = None,
     mark: int = PROXY_MARK,
     source: str | None = None,
+    source_port: int = 0,
+    stays_inside: bool = False,
 ) -> socket.socket:
     """A TCP socket ready to connect to `destination` (an IP), marked as the proxy's own.
 
     With `source` the socket is bound to that foreign address (IP_TRANSPARENT), so the
-    callee sees it as the peer. Raises KernelError.
+    callee sees it as the peer; `source_port` 0 lets the kernel look for one. A connection
+    that `stays_inside` its namespace needs no keepalive: the other end cannot vanish unseen.
+    Raises KernelError.
     """
     is_v6 = ":" in destination
     outgoing = open_socket(_family(destination), namespace=namespace)
     try:
         outgoing.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_keepalive(outgoing)
+        if not stays_inside:
+            set_keepalive(outgoing)
         if mark:
             outgoing.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
         if source is not None:
@@ -229,7 +234,7 @@ def open_outgoing(
                 outgoing.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
             # A plain bind, not IP_BIND_ADDRESS_NO_PORT: bind picks odd ports, connect even
             # ones, so this cannot take the port of the client's own live connection.
-            outgoing.bind((source, 0))
+            outgoing.bind((source, source_port))
     except OSError as exc:
         outgoing.close()
         raise _failed(f"outgoing socket to {destination}", exc) from exc
@@ -253,17 +258,15 @@ def set_keepalive(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
-def original_destination(sock: socket.socket) -> SocketAddress:
-    """Where the application dialled before nftables redirected it.
+def original_destination(sock: socket.socket, peer: SocketAddress) -> SocketAddress:
+    """Where the application at `peer` dialled before nftables redirected it.
 
     Falls back to the local address when nothing was redirected; the caller refuses its
     own private ports. Raises Unavailable when the socket is already gone.
     """
     try:
-        local = sock.getsockname()
-        is_v4 = sock.family == socket.AF_INET or local[0].startswith("::ffff:")
         try:
-            if is_v4:
+            if ":" not in peer.ip:
                 raw = sock.getsockopt(SOL_IP, SO_ORIGINAL_DST, 16)
                 port, packed = struct.unpack_from("!2xH4s", raw)
                 return SocketAddress(socket.inet_ntop(socket.AF_INET, packed), port)
@@ -273,7 +276,7 @@ def original_destination(sock: socket.socket) -> SocketAddress:
         except OSError as exc:
             if exc.errno not in {errno.ENOENT, errno.ENOPROTOOPT}:
                 raise
-            return from_sockaddr(local)
+            return from_sockaddr(sock.getsockname())
     except OSError as exc:
         raise Unavailable(f"connection is gone: {exc.strerror}") from exc
 

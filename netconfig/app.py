@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 import mesh
 from mesh import sockets
 from mesh.cluster.api import Cluster, Ref
-from mesh.cluster.directory import DirectoryCluster
+from mesh.cluster.open import open_cluster
 from mesh.runtime import lifecycle, log, metrics
 from mesh.runtime.admin import (
     AdminApp,
@@ -42,7 +42,8 @@ from netconfig.config import NetconfigConfig
 from netconfig.enrolment import Enrolments
 from netconfig.handoff import HandOff
 from netconfig.plan import reconcile
-from netconfig.pods import MountedNamespaces, NodePods
+from netconfig.pods import KINDS, MountedNamespaces, NodePods
+from netconfig.processes import FirstOf, ProcessNamespaces
 
 _log = log.get("netconfig")
 
@@ -51,7 +52,13 @@ async def run(config: NetconfigConfig, shutdown: lifecycle.Shutdown) -> None:
     """The whole daemon, until it is asked to end. Raises ConfigError, KernelError."""
     lifecycle.raise_file_limit()
     nft.check_library()
-    cluster = DirectoryCluster(config.cluster_dir, writable=True)
+    cluster = open_cluster(
+        config.cluster(),
+        kinds=KINDS,
+        selectors={"Pod": f"spec.nodeName={config.node_name}"},
+        manager="ambit-netconfig",
+        report=lambda event, fields: _log.info(event, **fields),
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve, config, cluster)
         await shutdown.wait()
@@ -65,7 +72,7 @@ async def serve(config: NetconfigConfig, cluster: Cluster) -> None:
     pods = NodePods(config.node_name)
     handoff = HandOff(on_connected=lambda: enrolments.retry_all())
     timing = Timing(config.drain_seconds, config.drain_settle_seconds, config.drift_seconds)
-    finder = MountedNamespaces(config.netns_dir)
+    finder = FirstOf([MountedNamespaces(config.netns_dir), ProcessNamespaces()])
     enrolments = Enrolments(cluster, pods, finder, handoff, timing)
     plugin = PluginServer(cluster, pods, enrolments, selection, config.cni_deadline_seconds)
     readiness = Readiness()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.cluster.fields import shown
+from mesh.cluster.open import SOURCES, ClusterChoice
 from mesh.errors import ConfigError
 from mesh.runtime.config import setting
 from netconfig.plan import Selection
@@ -20,8 +21,24 @@ class NetconfigConfig:
     """The node agent: captures the traffic of this node's enrolled pods."""
 
     node_name: str = setting(env="NODE_NAME", doc="This node, as in the pods' spec.nodeName.")
-    cluster_dir: Path = setting(
-        env="CLUSTER_DIR", doc="Directory of live objects, instead of a Kubernetes API server."
+    cluster_source: str = setting(
+        env="CLUSTER_SOURCE",
+        default="",
+        doc="Where objects come from; by default a directory if CLUSTER_DIR is set.",
+        choices=SOURCES,
+    )
+    cluster_dir: Path | None = setting(
+        env="CLUSTER_DIR",
+        default=None,
+        doc="Directory of live objects, instead of a Kubernetes API server.",
+    )
+    kubeconfig: Path | None = setting(
+        env="KUBECONFIG",
+        default=None,
+        doc="How to reach the Kubernetes API; in a pod, its service account without this.",
+    )
+    kube_context: str = setting(
+        env="KUBE_CONTEXT", default="", doc="Context of the kubeconfig; its current one if empty."
     )
     netns_dir: Path = setting(
         env="NETNS_DIR",
@@ -100,6 +117,7 @@ class NetconfigConfig:
     )
 
     def __post_init__(self) -> None:
+        self.cluster()
         for name in ("drain_seconds", "drain_settle_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError("is negative", field=name)
@@ -116,6 +134,12 @@ class NetconfigConfig:
         ):
             for value in filter(None, values):
                 _check_exemption(name, value)
+
+    def cluster(self) -> ClusterChoice:
+        """Where objects come from. Raises ConfigError."""
+        return ClusterChoice(
+            self.cluster_source, self.cluster_dir, self.kubeconfig, self.kube_context
+        )
 
     def selection(self) -> Selection:
         """What `netconfig.plan` needs to know."""

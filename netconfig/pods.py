@@ -3,8 +3,8 @@ pod's network namespace is found.
 
 `NodePods` follows a watch and keeps the last good view of every object; what cannot be read
 is logged and changes nothing. A `NamespaceFinder` turns a pod into a descriptor: here by a
-directory in which it is mounted under the pod's uid; another may look through the cgroups of
-/proc for one of the pod's processes.
+directory in which it is mounted under the pod's uid, in `netconfig.processes` by a process of
+the pod.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from mesh.cluster.api import Cluster, Deleted, Event, Fault, Put, Ref, Synced
 from mesh.cluster.objects import Namespace, Pod, parse_namespace, parse_pod
 from mesh.errors import ConfigError, KernelError, Unavailable
 from mesh.runtime import log
+
+#: What is watched.
+KINDS = ("Pod", "Namespace")
 
 _log = log.get("pods")
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -106,7 +109,7 @@ class NodePods:
         ConfigError when the cluster cannot be read at all, Unavailable when it stops telling.
         """
         is_synced = False
-        async with cluster.watch(["Pod", "Namespace"]) as events:
+        async with cluster.watch(KINDS) as events:
             async for first in events:
                 burst = [first]
                 while True:

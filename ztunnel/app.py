@@ -17,42 +17,33 @@ after us, because the node agent has duplicates: our successor goes on accepting
 
 from __future__ import annotations
 
-import functools
-import json
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import trio
 
 from mesh import __version__
-from mesh.errors import ConfigError, KernelError
+from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
 from mesh.runtime import lifecycle, log, metrics
-from mesh.runtime.admin import (
-    AdminApp,
-    Readiness,
-    Request,
-    Response,
-    admin_app,
-    metrics_app,
-    readiness_app,
-)
+from mesh.runtime.admin import Readiness, metrics_app, readiness_app
 from mesh.runtime.lifecycle import Shutdown
+from mesh.runtime.tracing import Tracer, open_tracer
 from mesh.secrets import SecretManager, fetch_certificate
-from mesh.sockets import open_listener
 from mesh.xds.client import TYPES, NodeInfo, run_xds
-from ztunnel import dump
+from ztunnel.admin import make_admin, serve_pages
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Connections, Judges
 from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
+from ztunnel.monitoring import Gauges
 from ztunnel.node import Node
 from ztunnel.pods import Pods
 from ztunnel.prefetch import NodeIdentities
 from ztunnel.record import Journal
+from ztunnel.spans import end_span
 
 _log = log.get("app")
 
@@ -65,26 +56,31 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     lifecycle.raise_file_limit()
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
+    tracer = open_tracer(config, "ztunnel", _described(config), registry)
     tcp_metrics = metrics.TcpMetrics(registry)
     access = log.AccessLog()
     readiness = Readiness()
     synced = readiness.task("state manager")
     with Reactor(_report_bug) as reactor:
-        node = _node(config, reactor, authority, Journal(access, tcp_metrics), registry)
+        journal = Journal(access, tcp_metrics, end_span)
+        node = _node(config, reactor, authority, journal, registry, tracer)
         pods = Pods(node, metrics.WorkloadManagerMetrics(registry), readiness)
+        gauges = Gauges(registry, node.secrets, access, pods.pools)
         async with trio.open_nursery() as nursery:
             start = nursery.start_soon
             pages = (
                 (config.readiness_address, readiness_app(readiness)),
-                (config.stats_address, metrics_app(registry)),
-                (config.admin_address, _admin(node, pods, shutdown)),
+                (config.stats_address, metrics_app(registry, gauges.count)),
+                (config.admin_address, make_admin(node, pods, shutdown)),
             )
             doors = trio.CancelScope()
-            await nursery.start(_serve, pages, doors, nursery)
+            await nursery.start(serve_pages, pages, doors, nursery)
             start(reactor.run)
             start(access.run)
             start(metrics.expire_idle, tcp_metrics)
             start(metrics.watch_loop_lag, registry)
+            if tracer is not None:
+                start(tracer.run)
             start(node.secrets.run)
             start(node.connections.run)
             has_state = trio.Event()
@@ -96,6 +92,19 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             doors.cancel()
             await pods.drain(config.drain_seconds)
             nursery.cancel_scope.cancel()
+
+
+def _described(config: ZtunnelConfig) -> dict[str, str]:
+    """This proxy as a resource of OpenTelemetry."""
+    facts = {
+        "service.version": __version__,
+        "service.instance.id": config.pod_name,
+        "k8s.pod.name": config.pod_name,
+        "k8s.namespace.name": config.pod_namespace,
+        "k8s.node.name": config.node_name,
+        "k8s.cluster.name": config.cluster_id,
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _endpoints(config: ZtunnelConfig) -> tuple[Endpoint, Endpoint]:
@@ -110,7 +119,12 @@ def _endpoints(config: ZtunnelConfig) -> tuple[Endpoint, Endpoint]:
 
 
 def _node(
-    config: ZtunnelConfig, reactor: Reactor, authority: Endpoint, journal: Journal, registry: Any
+    config: ZtunnelConfig,
+    reactor: Reactor,
+    authority: Endpoint,
+    journal: Journal,
+    registry: Any,
+    tracer: Tracer | None,
 ) -> Node:
     store = Store()
     judges = Judges(store)
@@ -125,6 +139,8 @@ def _node(
         dns_metrics=metrics.DnsMetrics(registry),
         names=Names(config.cluster_domain, config.preferred_namespace),
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
+        tracer=tracer,
+        windows=WindowBudget(config.window_budget_bytes),
     )
 
 
@@ -188,58 +204,6 @@ async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
     _log.info("xds_synced")
     synced()
     await pods.run()
-
-
-async def _serve(
-    pages: Sequence[tuple[str, AdminApp]],
-    doors: trio.CancelScope,
-    connections: trio.Nursery,
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Let requests in until `doors` is cancelled; those that are in live in `connections`."""
-    with doors:
-        async with trio.open_nursery() as nursery:
-            for address, app in pages:
-                serve = functools.partial(app.serve, _listen(address), connections=connections)
-                await nursery.start(serve)
-            task_status.started()
-
-
-def _listen(address: str) -> list[socket.socket]:
-    """Listeners for `host:port`; `localhost` is both loopback addresses. The port is shared
-    with the process before us, and the one after.
-    """
-    host, found, port = address.rpartition(":")
-    if not found or not port.isdigit():
-        raise ConfigError(f"not an address: {address!r}", hint="give host:port")
-    if host != "localhost":
-        return [open_listener(int(port), host=host.strip("[]") or "::", shares_port=True)]
-    listeners = [open_listener(int(port), host="127.0.0.1", shares_port=True)]
-    if socket.has_ipv6:
-        try:
-            listeners.append(open_listener(int(port), host="::1", shares_port=True))
-        except KernelError:
-            _log.info("no_ipv6_loopback", address=address)
-    return listeners
-
-
-def _admin(node: Node, pods: Pods, shutdown: Shutdown) -> AdminApp:
-    app = admin_app("ztunnel", shutdown)
-
-    async def config_dump(_: Request) -> Response:
-        body = dump.dump_store(node.store) | {
-            "staticConfig": {},
-            "version": __version__,
-            "config": dump.dump_config(node.config),
-            "certificates": dump.dump_certificates(node.secrets.entries()),
-            "workloadState": dump.dump_pods(pods, node.connections),
-        }
-        text = json.dumps(body, default=str, indent=2)
-        return Response(200, "application/json", text.encode())
-
-    app.route("/config_dump", config_dump)
-    return app
 
 
 def _report_bug(error: Exception, where: object) -> None:

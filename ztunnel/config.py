@@ -6,18 +6,22 @@ as upstream has it, so one directory per node is enough to run several.
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
+from mesh.errors import ConfigError
 from mesh.runtime.config import setting
 from mesh.runtime.lifecycle import drain_seconds
+from mesh.runtime.tracing import TracingSettings
 
 ISTIOD = "https://istiod.istio-system.svc:15012"
 ROOT_FILE = "./var/run/secrets/istio/root-cert.pem"
+UNIX = "unix:"
 TOKEN_FILE = "./var/run/secrets/tokens/istio-token"  # noqa: S105 - a path, not a token
 
 
 @dataclass(frozen=True, slots=True)
-class ZtunnelConfig:
+class ZtunnelConfig(TracingSettings):
     """Settings of one node proxy."""
 
     xds_address: str = setting(env="XDS_ADDRESS", default=ISTIOD, doc="Where xDS is served.")
@@ -93,11 +97,18 @@ class ZtunnelConfig:
         default=8192,
         doc="Connections one pod may have open, per direction.",
     )
+    window_budget_bytes: int = setting(
+        env="RECEIVE_WINDOW_BUDGET",
+        default=64 << 20,
+        doc="Receive window for all tunnels together, in bytes, beyond the first 256 KiB of each.",
+    )
     connect_timeout_seconds: float = setting(
         env="CONNECT_TIMEOUT", default=10.0, doc="For TCP connections that we open."
     )
     admin_address: str = setting(
-        env="ADMIN_ADDR", default="localhost:15000", doc="Admin endpoint, on loopback."
+        env="ADMIN_ADDR",
+        default="localhost:15000",
+        doc="Admin endpoint: a port of loopback, or `unix:PATH`; it asks nobody who they are.",
     )
     stats_address: str = setting(env="STATS_ADDR", default="[::]:15020", doc="Prometheus endpoint.")
     readiness_address: str = setting(
@@ -115,10 +126,35 @@ class ZtunnelConfig:
     )
     log_level: str = setting(env="LOG_LEVEL", default="info", doc="Level of the log on stderr.")
     log_format: str = setting(
-        env="LOG_FORMAT", default="", doc="`json` or `plain`; by default plain on a terminal."
+        env="LOG_FORMAT",
+        default="",
+        doc="`json` or `plain`; by default plain on a terminal.",
+        choices=("", "json", "plain"),
     )
+
+    def __post_init__(self) -> None:
+        """Judge the values. Raises ConfigError."""
+        TracingSettings.__post_init__(self)
+        if not _is_private(self.admin_address):
+            raise ConfigError(
+                f"{self.admin_address!r} is no port of loopback",
+                field="admin_address",
+                hint="write localhost:PORT, or unix:PATH; reach it by kubectl port-forward",
+            )
 
     @property
     def drain_seconds(self) -> float:
         """How long draining may take."""
         return drain_seconds(self.termination_grace_seconds, self.termination_deadline_seconds)
+
+
+def _is_private(address: str) -> bool:
+    if address.startswith(UNIX):
+        return len(address) > len(UNIX)
+    host, _, port = address.rpartition(":")
+    try:
+        return port.isdecimal() and (
+            host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        )
+    except ValueError:
+        return False

@@ -1,6 +1,6 @@
 """Every open connection of this node: tracked, recorded, listed, and judged again.
 
-A connection is admitted by a Permit and lives inside one cancel scope. When a policy, or the
+A connection is admitted by a Permit and lives in one fiber. When a policy, or the
 workload it ends at, changes, its facts are judged anew; what is no longer permitted is cut
 ("closed due to policy change") and both ends see a reset. A connection whose own
 workload got another identity is cut in both directions: it was opened in another's name.
@@ -11,12 +11,14 @@ workload got another identity is cut in both directions: it was opened in anothe
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
+from mesh import fiber
 from mesh.authz import Compiler, ConnectionContext, Judge, Permit
 from mesh.errors import MeshError, Refusal
+from mesh.fiber import Cut, Fiber
 from mesh.hbone.relay import RelayResult
 from mesh.identity import SpiffeId
 from mesh.model.store import Changed, Store
@@ -25,6 +27,7 @@ from mesh.runtime import lifecycle, log
 from ztunnel.record import Ending, Journal, Record
 
 PROGRESS_SECONDS = 5.0
+LIMIT_STEP_SECONDS = 0.25
 _BREATH = 100
 
 _log = log.get("connections")
@@ -41,35 +44,29 @@ class Tracked:
     workload_uid: str
     identity: SpiffeId
     context: ConnectionContext | None = None
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    work: Fiber | trio.CancelScope | None = None
     cut: Refusal | None = None
 
-    _late: Refusal | None = None
+    limits: dict[Tracked, tuple[float, Refusal]] = field(default_factory=dict)
 
     def limit(self, seconds: float, late: Refusal) -> None:
-        """What happens next must be over in `seconds`, or the connection ends as `late`.
+        """What happens next must be over in `seconds`, give or take LIMIT_STEP_SECONDS, or the
+        connection ends as `late`.
 
-        The connection's own scope carries the deadline: a second one costs more than it says.
+        One task looks after all limits: a timer each would cost more than what it guards.
         """
-        self._late = late
-        self.scope.deadline = trio.current_time() + seconds
+        self.limits[self] = (trio.current_time() + seconds, late)
 
     def unlimit(self) -> None:
         """It was over in time."""
-        if self._late is not None:
-            self._late = None
-            self.scope.deadline = float("inf")
-
-    @property
-    def ended_by(self) -> Refusal | None:
-        """Why the scope was cancelled, if it was by us."""
-        return self.cut or self._late
+        self.limits.pop(self, None)
 
     def end(self, refusal: Refusal) -> None:
         """Cut it now. The first reason stays."""
         if self.cut is None:
             self.cut = refusal
-            self.scope.cancel()
+            if self.work is not None:
+                self.work.cancel()
 
 
 class Judges:
@@ -83,20 +80,28 @@ class Judges:
 
     def evaluate(self, workload: Workload, context: ConnectionContext) -> Permit | Refusal:
         """Judge a connection to `workload`; what a dry-run policy would refuse is logged."""
+        verdict, would = self.consider(workload, context)
+        if would is not None:
+            _log.info(
+                "dry_run_refusal",
+                policy=would.policy,
+                reason=would.reason,
+                src_identity=str(context.source_identity or ""),
+                src_ip=context.source_ip,
+                dst_workload=workload.uid,
+            )
+        return verdict
+
+    def consider(
+        self, workload: Workload, context: ConnectionContext
+    ) -> tuple[Permit | Refusal, Refusal | None]:
+        """The verdict, and what dry-run policies would refuse of what is permitted."""
         _, judge, rehearsal = self._judge(workload)
         verdict = judge.evaluate(context)
-        if rehearsal is not None and isinstance(verdict, Permit):
-            would = rehearsal.evaluate(context)
-            if isinstance(would, Refusal):
-                _log.info(
-                    "dry_run_refusal",
-                    policy=would.policy,
-                    reason=would.reason,
-                    src_identity=str(context.source_identity or ""),
-                    src_ip=context.source_ip,
-                    dst_workload=workload.uid,
-                )
-        return verdict
+        if rehearsal is None or isinstance(verdict, Refusal):
+            return verdict, None
+        would = rehearsal.evaluate(context)
+        return verdict, would if isinstance(would, Refusal) else None
 
     def forget(self, workload_uid: str) -> None:
         """The workload is no longer served here."""
@@ -126,6 +131,7 @@ class Connections:
         self._judges = judges
         self._journal = journal
         self._open: dict[Tracked, None] = {}
+        self._limits: dict[Tracked, tuple[float, Refusal]] = {}
         self._policies_changed = False
         self._changed_workloads: set[str] = set()
         self._wake = trio.Event()
@@ -150,43 +156,57 @@ class Connections:
         context: ConnectionContext,
     ) -> Tracked:
         """An inbound connection to `workload`; nobody gets in without a Permit."""
-        record.policy = permit.policy
+        record.policy, record.rule = permit.policy, permit.rule
         return self._add(Tracked(record, pod_uid, workload.uid, workload.identity, context))
 
     def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
         """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
-        tracked.record.counters = counters
-        self._journal.opened(tracked.record)
+        record = tracked.record
+        record.counters = counters
+        if record.span is not None:
+            record.span.event("established", trio.current_time())
+        self._journal.opened(record)
 
     async def carry(
         self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
     ) -> None:
-        """Run `work` in the connection's scope and write its record.
+        """Run `work`, in a fiber or in a task, and write its record.
 
         A MeshError of `work` ends in the record. If cancelled: `work` is cancelled, and the
-        record says that this proxy stopped.
+        record says that this proxy stopped; when the connection itself was cut, it says why.
         """
-        ending = Ending(error="closed because this proxy stopped serving the pod")
+        tracked.work = fiber.current()
+        if tracked.work is not None:
+            try:
+                await self._carry(tracked, work)
+            except Cut:
+                if tracked.cut is None:
+                    raise
+        else:
+            with trio.CancelScope() as tracked.work:
+                await self._carry(tracked, work)
+
+    async def _carry(
+        self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
+    ) -> None:
+        ending: Ending | None = None
         try:
-            with tracked.scope:
-                result = await work(tracked)
-                ending = Ending(
-                    error=result.error or "",
-                    bytes_to_tunnel=result.bytes_to_tunnel,
-                    bytes_from_tunnel=result.bytes_from_tunnel,
-                )
-            cause = tracked.ended_by
-            if tracked.scope.cancelled_caught and cause is not None:
-                ending = Ending(cause.flag, cause.reason, cause.hint)
-                tracked.record.policy = cause.policy or tracked.record.policy
+            result = await work(tracked)
+            ending = Ending(
+                error=result.error or "",
+                bytes_to_tunnel=result.bytes_to_tunnel,
+                bytes_from_tunnel=result.bytes_from_tunnel,
+            )
         except MeshError as exc:
             ending = Ending(exc.flag, str(exc), exc.hint)
         finally:
+            if ending is None:
+                ending = _cut_short(tracked)
             self._finish(tracked, ending)
 
     def refused(self, record: Record, refusal: Refusal) -> None:
         """Write the record of a connection that was never admitted."""
-        record.policy = refusal.policy
+        record.policy, record.rule = refusal.policy, refusal.rule
         ending = Ending(refusal.flag, refusal.reason, refusal.hint)
         self._journal.finished(record, ending, trio.current_time())
 
@@ -207,6 +227,7 @@ class Connections:
         """Judge again after changes, and report bytes now and then, for ever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
+            nursery.start_soon(self._enforce_limits)
             while True:
                 await self._wake.wait()
                 self._wake = trio.Event()
@@ -240,7 +261,7 @@ class Connections:
             verdict = self._judges.evaluate(workload, tracked.context)
             if isinstance(verdict, Refusal):
                 reason = f"closed due to policy change: {verdict.reason}"
-                tracked.end(Refusal(verdict.flag, reason, verdict.hint, verdict.policy))
+                tracked.end(replace(verdict, reason=reason))
 
     async def _report(self) -> None:
         while True:
@@ -248,12 +269,24 @@ class Connections:
             for tracked in tuple(self._open):
                 self._journal.progress(tracked.record)
 
+    async def _enforce_limits(self) -> None:
+        while True:
+            await trio.sleep(LIMIT_STEP_SECONDS)
+            if self._limits:
+                now = trio.current_time()
+                late = [each for each, (deadline, _) in self._limits.items() if deadline <= now]
+                for tracked in late:
+                    _, refusal = self._limits.pop(tracked)
+                    tracked.end(refusal)
+
     def _add(self, tracked: Tracked) -> Tracked:
         self._open[tracked] = None
+        tracked.limits = self._limits
         return tracked
 
     def _finish(self, tracked: Tracked, ending: Ending) -> None:
         del self._open[tracked]
+        tracked.unlimit()
         record = tracked.record
         if record.counters is not None and not (ending.bytes_to_tunnel or ending.bytes_from_tunnel):
             to_tunnel, from_tunnel = record.counters()
@@ -262,3 +295,12 @@ class Connections:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+
+def _cut_short(tracked: Tracked) -> Ending:
+    """How a connection ended whose work was cancelled."""
+    cause = tracked.cut
+    if cause is None:
+        return Ending(error="closed because this proxy stopped serving the pod")
+    tracked.record.policy = cause.policy or tracked.record.policy
+    return Ending(cause.flag, cause.reason, cause.hint)

@@ -24,6 +24,7 @@ from mesh.model.workload import (
     Workload,
     WorkloadStatus,
 )
+from mesh.runtime import config as settings
 from mesh.secrets import SecretEntry
 from mesh.tls.certificate import summarize
 from ztunnel.config import ZtunnelConfig
@@ -180,7 +181,7 @@ def dump_pods(
                 "originalDst": record.original_destination or None,
                 "actualDst": record.hbone_address or record.destination_address,
                 "protocol": record.protocol,
-                "id": record.id,
+                "id": record.connection_id or record.id,
                 "srcIdentity": str(record.source_identity or "") or None,
                 "policy": record.policy or None,
             }
@@ -201,8 +202,8 @@ def dump_pods(
 
 
 def dump_config(config: ZtunnelConfig) -> dict[str, Any]:
-    """The settings in force; none of them is a secret (tokens are named by file)."""
-    return {_camel(name): value for name, value in dataclasses.asdict(config).items()}
+    """The settings in force; tokens are named by file, and headers only said to be set."""
+    return {_camel(name): value for name, value in settings.shown(config).items()}
 
 
 def _set(**fields: Any) -> dict[str, Any]:

@@ -8,11 +8,15 @@ here: see `ztunnel.plan` and `mesh.authz`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import socket
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import trio
 
 from mesh import sockets
 from mesh.errors import MeshError, Refusal, RemoteProtocolError, Unavailable
@@ -21,17 +25,19 @@ from mesh.hbone.head import parse_authority
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
-from mesh.runtime import lifecycle
 from mesh.sockets import SocketAddress
 from mesh.tls.context import verify_client_peer
 from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
 from ztunnel.record import Record, baggage_of
+from ztunnel.spans import note_accepted, note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
 
+HANDSHAKES_PER_SOURCE = 64
+"""One peer cannot keep others out by handshakes that it never ends."""
 _STATUS_BAD_REQUEST = 400
 _STATUS_DENIED = 401
 _STATUS_UNAVAILABLE = 503
@@ -43,20 +49,20 @@ _PROXY_TLV_IDENTITY = 0xD0
 # -- plaintext -----------------------------------------------------------------------
 
 
-async def serve_plaintext(proxy: PodProxy, sock: socket.socket) -> None:
-    """Carry one accepted plaintext connection. If cancelled: both ends see a reset."""
+async def serve_plaintext(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> None:
+    """Carry one plaintext connection accepted from `peer`. If cancelled: both ends see a reset."""
     node = proxy.node
     record = proxy.new_record("inbound")
     try:
-        source = _peer(record, sock)
-        destination = sockets.original_destination(sock)
+        record.source_address = str(peer)
+        destination = sockets.original_destination(sock, peer)
         record.original_destination = record.destination_address = str(destination)
         workload = await proxy.wait_workload()
     except (Unavailable, OSError) as exc:
         node.connections.failed(record, _gone(exc))
         return
     record.destination = workload
-    plan = plan_plaintext(InboundConnection(None, source, destination), workload, node.store)
+    plan = plan_plaintext(InboundConnection(None, peer, destination), workload, node.store)
     verdict = _judge(proxy, record, workload, plan)
     if isinstance(verdict, Refusal):
         node.connections.refused(record, verdict)
@@ -84,18 +90,8 @@ async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
     node = proxy.node
     record = proxy.new_record("inbound")
     try:
-        _peer(record, sock)
-        record.destination_address = str(sockets.from_sockaddr(sock.getsockname()))
-        workload = record.destination = await proxy.wait_workload()
-        certificate = await proxy.certificate(workload.identity)
-        trust_domain = certificate.identity.trust_domain
-        connection = await TunnelConnection.accept(
-            node.reactor,
-            sock,
-            node.contexts.server(certificate),
-            verify=lambda leaf: verify_client_peer(leaf, trust_domain),
-            on_tunnel=functools.partial(_start_tunnel, proxy, workload.identity),
-        )
+        with _handshake_in_flight(proxy, _peer(record, sock).ip):
+            connection = await _accept_connection(proxy, record, sock)
     except (MeshError, OSError) as exc:
         # Before there is a tunnel this line is all that anybody will ever see of it.
         node.connections.failed(record, _gone(exc))
@@ -110,8 +106,43 @@ async def serve_hbone(proxy: PodProxy, sock: socket.socket) -> None:
         proxy.inbound_connections.discard(connection)
 
 
+@contextlib.contextmanager
+def _handshake_in_flight(proxy: PodProxy, source: str) -> Iterator[None]:
+    in_flight = proxy.handshakes
+    if in_flight[source] >= HANDSHAKES_PER_SOURCE:
+        raise Unavailable(
+            f"{source} has {HANDSHAKES_PER_SOURCE} handshakes in flight already",
+            hint="it opens connections to 15008 and does not go on with TLS",
+            flag="TLS_FAILURE",
+        )
+    in_flight[source] += 1
+    try:
+        yield
+    finally:
+        in_flight[source] -= 1
+        if not in_flight[source]:
+            del in_flight[source]
+
+
+async def _accept_connection(
+    proxy: PodProxy, record: Record, sock: socket.socket
+) -> TunnelConnection:
+    record.destination_address = str(sockets.from_sockaddr(sock.getsockname()))
+    workload = record.destination = await proxy.wait_workload()
+    certificate = await proxy.certificate(workload.identity)
+    trust_domain = certificate.identity.trust_domain
+    return await TunnelConnection.accept(
+        proxy.node.reactor,
+        sock,
+        proxy.node.contexts.server(certificate),
+        verify=lambda leaf: verify_client_peer(leaf, trust_domain),
+        on_tunnel=functools.partial(_start_tunnel, proxy, workload.identity),
+        budget=proxy.windows,
+    )
+
+
 def _start_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
-    proxy.nursery.start_soon(lifecycle.guard, "tunnel", _serve_tunnel, proxy, own, tunnel)
+    proxy.fibers.start(_serve_tunnel(proxy, own, tunnel))
 
 
 async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
@@ -120,9 +151,10 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
     If cancelled: the tunnel is reset.
     """
     node = proxy.node
+    proxy.inbound_tunnels += 1
     try:
         connection = tunnel.connection
-        record = proxy.new_record("inbound", tunnel.head.traceparent)
+        record = proxy.new_record("inbound", tunnel.head.traceparent, tunnel.head.connection_id)
         record.source_address = str(connection.peer_address)
         record.destination_address = str(connection.local_address)
         record.hbone_address = tunnel.head.authority
@@ -131,6 +163,8 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
         record.source_identity, record.peer_baggage = connection.peer, tunnel.head.baggage
         if tunnel.head.forwarded is not None:
             record.original_destination = tunnel.head.forwarded.host
+        if record.span is not None:
+            note_accepted(record.span, connection)
         verdict = _admit_tunnel(proxy, record, own, tunnel)
         if isinstance(verdict, Refusal):
             tunnel.refuse(verdict.http_status)
@@ -141,6 +175,7 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
             tracked, functools.partial(_relay_tunnel, proxy, tunnel, plan, workload)
         )
     finally:
+        proxy.inbound_tunnels -= 1
         # Whoever was not answered hears something, whatever happened here.
         if not tunnel.is_closed:
             tunnel.refuse(_STATUS_UNAVAILABLE)
@@ -149,6 +184,12 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
 def _admit_tunnel(
     proxy: PodProxy, record: Record, own: SpiffeId, tunnel: Tunnel
 ) -> tuple[Tracked, InboundPlan, Workload] | Refusal:
+    if proxy.inbound_tunnels > proxy.node.config.max_connections_per_pod:
+        return Refusal(
+            "CONNECT",
+            f"this pod has {proxy.inbound_tunnels - 1} tunnels open already",
+            http_status=503,
+        )
     workload = proxy.workload
     if workload is None:
         return Refusal("CONNECT", "this pod's workload is unknown by now")
@@ -212,8 +253,19 @@ async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None
-    upstream = await dial(proxy.namespace, plan.upstream, source=source, on_wait=limit)
+    span = tracked.record.span
+    asked = 0.0 if span is None else trio.current_time()
+    upstream = await dial(
+        proxy.namespace,
+        plan.upstream,
+        proxy.nursery,
+        source=source,
+        stays_inside=True,
+        on_wait=limit,
+    )
     tracked.unlimit()
+    if span is not None:
+        note_dialled(span, asked, trio.current_time())
     return upstream
 
 

@@ -13,24 +13,29 @@ Not here: what a connection is for (`ztunnel.outbound`, `ztunnel.inbound`).
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 import trio
 
 from mesh import sockets
 from mesh.errors import IdentityError, KernelError, Unavailable
+from mesh.fiber import Fibers, in_task
 from mesh.hbone.connection import TunnelConnection
 from mesh.hbone.pool import Pool, PoolKey
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime import lifecycle, log
+from mesh.runtime.tracing import Kind
 from mesh.sockets import PROXY_MARK
 from mesh.tls.certificate import Certificate
 from mesh.tls.context import verify_server_peer
 from mesh.zds import Listener
 from ztunnel import inbound, outbound
+from ztunnel.accept import ACCEPTS_PER_TURN, OUT_OF_RESOURCES, PAUSE_SECONDS, Acceptor
 from ztunnel.dns import DnsProxy, Forwarder
 from ztunnel.node import Node
 from ztunnel.record import Direction, Record
@@ -38,9 +43,6 @@ from ztunnel.workloads import Pod
 
 WORKLOAD_SECONDS = 5.0
 CERTIFICATE_SECONDS = 5.0
-_ACCEPTS_PER_TURN = 64
-_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_PAUSE_SECONDS = 0.1
 _DRAIN_POLL_SECONDS = 0.02
 
 # DNS on loopback by name: answers from a wildcard socket would not match what was redirected.
@@ -67,7 +69,12 @@ class PodProxy:
         self.pod = pod
         self.namespace = namespace
         self.forwarder = Forwarder(node.dns_servers, namespace, node.rng)
+        self.windows = WindowBudget(parent=node.windows)
+        self.fibers = Fibers(node.reactor)
         self.inbound_connections: set[TunnelConnection] = set()
+        self.handshakes: Counter[str] = Counter()
+        """TLS handshakes in flight on 15008, by source address."""
+        self.inbound_tunnels = 0
         self.pool: Pool
         self.nursery: trio.Nursery
         self.is_draining = False
@@ -133,9 +140,14 @@ class PodProxy:
                         idle_seconds=config.pool_idle_seconds,
                     )
                     nursery.start_soon(self._answer_dns)
-                    await self._accept_all()
-                    await trio.sleep_forever()
+                    try:
+                        await self._accept_all()
+                        await trio.sleep_forever()
+                    finally:
+                        # Before they learn that what they use was cancelled, too.
+                        self.fibers.cut()
         finally:
+            self.fibers.cut()
             self._close_listeners()
             self.node.judges.forget(self._uid_or_nothing())
             self._stopped.set()
@@ -165,7 +177,7 @@ class PodProxy:
         self.stop_accepting(has_successor=has_successor)
         with trio.move_on_after(seconds):
             # Also those that were just accepted and are nobody's connection yet.
-            while self._serving or (has_successor and self._dns.is_busy):  # noqa: ASYNC110 - rare
+            while self._serving or self.fibers or (has_successor and self._dns.is_busy):  # noqa: ASYNC110 - rare
                 await trio.sleep(_DRAIN_POLL_SECONDS)
             await self.node.connections.wait_empty(self.pod.uid)
         await self.pool.drain(0)
@@ -184,7 +196,10 @@ class PodProxy:
         """The pod's workload, within five seconds. Raises Unavailable."""
         found = self.workload
         if found is None:
-            found = await self.node.watch.wait_until(lambda: self.workload, WORKLOAD_SECONDS)
+            watch = self.node.watch
+            found = await in_task(
+                self.nursery, watch.wait_until, lambda: self.workload, WORKLOAD_SECONDS
+            )
         if found is None:
             pod = self.pod
             raise Unavailable(
@@ -203,10 +218,19 @@ class PodProxy:
             hint="ambit certificates: is the control plane reachable?",
         )
 
-    def new_record(self, direction: Direction, trace: str = "") -> Record:
-        """A record that starts now; `trace` is a W3C traceparent to take the id from."""
+    def new_record(self, direction: Direction, trace: str = "", connection_id: str = "") -> Record:
+        """A record that starts now; `trace` is a W3C traceparent to take the id from, and
+        `connection_id` how hops before us call the connection.
+        """
         number = trace[3:35] if trace else f"{self.node.rng.getrandbits(128):032x}"
-        return Record(number, direction, trio.current_time())
+        record = Record(number, direction, trio.current_time())
+        record.connection_id = connection_id or number
+        tracer = self.node.tracer
+        if tracer is not None:
+            kind: Kind = "client" if direction == "outbound" else "server"
+            name = f"ztunnel {direction}"
+            record.span = tracer.start(name, kind, record.started, number, trace)
+        return record
 
     async def _dial(self, key: PoolKey) -> TunnelConnection:
         node = self.node
@@ -222,31 +246,41 @@ class PodProxy:
             context,
             verify=lambda leaf: verify_server_peer(leaf, key.expected),
             connect_timeout=node.config.connect_timeout_seconds,
+            budget=self.windows,
         )
 
     # -- accepting
 
     async def _accept_all(self) -> None:
-        with self._accepting:
-            async with trio.open_nursery() as accepting:
-                for kind, name, serve in (
-                    (Listener.OUTBOUND, "outbound", outbound.serve),
-                    (Listener.INBOUND_PLAINTEXT, "plaintext", inbound.serve_plaintext),
-                    (Listener.INBOUND_HBONE, "hbone", inbound.serve_hbone),
-                ):
-                    accepting.start_soon(self._accept, name, self._listeners[kind], serve)
+        limit = self.node.config.max_connections_per_pod
+        acceptors = [
+            Acceptor(
+                self.node.reactor,
+                self.nursery,
+                self.fibers,
+                name,
+                self._listeners[kind],
+                functools.partial(serve, self),
+                limit,
+            )
+            for kind, name, serve in (
+                (Listener.OUTBOUND, "outbound", outbound.serve),
+                (Listener.INBOUND_PLAINTEXT, "plaintext", inbound.serve_plaintext),
+            )
+        ]
+        try:
+            with self._accepting:
+                await self._accept_hbone(self._listeners[Listener.INBOUND_HBONE], limit)
+        finally:
+            for acceptor in acceptors:
+                acceptor.close()
         self._close_listeners(but_dns=True)
 
-    async def _accept(
-        self,
-        name: str,
-        listener: socket.socket,
-        serve: Callable[[PodProxy, socket.socket], Awaitable[None]],
-    ) -> None:
-        slots = trio.Semaphore(self.node.config.max_connections_per_pod)
+    async def _accept_hbone(self, listener: socket.socket, limit: int) -> None:
+        slots = trio.Semaphore(limit)
         while True:
             await trio.lowlevel.wait_readable(listener)
-            for _ in range(_ACCEPTS_PER_TURN):
+            for _ in range(ACCEPTS_PER_TURN):
                 try:
                     slots.acquire_nowait()
                 except trio.WouldBlock:
@@ -255,26 +289,17 @@ class PodProxy:
                     sock, _ = listener.accept()
                 except OSError as exc:
                     slots.release()
-                    if exc.errno in _OUT_OF_RESOURCES:
-                        _log.warning("accept_failed", listener=name, error=exc.strerror)
-                        await trio.sleep(_PAUSE_SECONDS)
+                    if exc.errno in OUT_OF_RESOURCES:
+                        _log.warning("accept_failed", listener="hbone", error=exc.strerror)
+                        await trio.sleep(PAUSE_SECONDS)
                     break
-                if name != "hbone":
-                    # Should we be killed, the peer must not take that for an orderly end.
-                    sockets.reset_on_close(sock)
                 self._serving += 1
-                self.nursery.start_soon(self._serve_one, name, serve, sock, slots)
+                self.nursery.start_soon(self._serve_hbone, sock, slots)
 
-    async def _serve_one(
-        self,
-        name: str,
-        serve: Callable[[PodProxy, socket.socket], Awaitable[None]],
-        sock: socket.socket,
-        slots: trio.Semaphore,
-    ) -> None:
+    async def _serve_hbone(self, sock: socket.socket, slots: trio.Semaphore) -> None:
         try:
             sock.setblocking(False)
-            await lifecycle.guard(name, serve, self, sock)
+            await lifecycle.guard("hbone", inbound.serve_hbone, self, sock)
         finally:
             # What is still open was not carried to its end: the peer must not take it for one.
             if sock.fileno() >= 0:

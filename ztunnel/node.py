@@ -14,10 +14,12 @@ from typing import TypeVar
 
 import trio
 
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.store import Store
 from mesh.reactor import Reactor
 from mesh.runtime.metrics import DnsMetrics
+from mesh.runtime.tracing import Tracer
 from mesh.secrets import SecretManager
 from mesh.sockets import SocketAddress
 from mesh.tls import context as tls
@@ -100,7 +102,9 @@ class Node:
     dns_metrics: DnsMetrics
     names: Names
     dns_servers: tuple[SocketAddress, ...]
+    windows: WindowBudget
     watch: StoreWatch = field(default_factory=StoreWatch)
     contexts: TlsContexts = field(default_factory=TlsContexts)
+    tracer: Tracer | None = None
     # Spreads load and names traces; nothing secret depends on it.
     rng: random.Random = field(default_factory=random.Random)

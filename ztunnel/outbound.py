@@ -11,9 +11,13 @@ import functools
 import socket
 from typing import TYPE_CHECKING
 
+import trio
+
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
-from mesh.hbone.head import ConnectHead, Forwarded, traceparent
+from mesh.fiber import in_task
+from mesh.hbone.connection import Tunnel
+from mesh.hbone.head import ConnectHead, ConnectResponse, Forwarded, traceparent
 from mesh.hbone.pool import PoolKey
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.model.workload import Workload
@@ -22,6 +26,7 @@ from ztunnel.connections import Tracked
 from ztunnel.dial import dial
 from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_outbound
 from ztunnel.record import Record, baggage_of
+from ztunnel.spans import note_acquired, note_dialled
 
 if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
@@ -31,13 +36,15 @@ _STATUS_OK = 200
 _STATUS_DENIED = frozenset({401, 403})
 
 
-async def serve(proxy: PodProxy, sock: socket.socket) -> None:
-    """Carry one accepted connection. If cancelled: both ends see a reset."""
+async def serve(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> None:
+    """Carry one connection accepted from `peer`. If cancelled: both ends see a reset."""
     node = proxy.node
     record = proxy.new_record("outbound")
+    record.source_address = str(peer)
     try:
-        destination = _addresses(record, sock)
-        workload = await proxy.wait_workload()
+        destination = sockets.original_destination(sock, peer)
+        record.original_destination = record.destination_address = str(destination)
+        workload = proxy.workload or await proxy.wait_workload()
     except Unavailable as exc:
         node.connections.failed(record, exc)
         return
@@ -51,29 +58,29 @@ async def serve(proxy: PodProxy, sock: socket.socket) -> None:
     record.protocol = plan.carrier.value
     tracked = node.connections.track(record, proxy.pod.uid, workload)
     carry = _tunnel if plan.carrier is Carrier.HBONE else _passthrough
-    await node.connections.carry(tracked, functools.partial(carry, proxy, sock, workload, plan))
-
-
-def _addresses(record: Record, sock: socket.socket) -> SocketAddress:
-    """Note who dialled whom; the original destination. Raises Unavailable when it is gone."""
-    try:
-        record.source_address = str(sockets.from_sockaddr(sock.getpeername()))
-    except OSError as exc:
-        raise Unavailable(f"the application left: {exc.strerror}") from exc
-    destination = sockets.original_destination(sock)
-    record.original_destination = record.destination_address = str(destination)
-    return destination
+    await node.connections.carry(
+        tracked, functools.partial(carry, proxy, sock, peer, workload, plan)
+    )
 
 
 async def _passthrough(
-    proxy: PodProxy, sock: socket.socket, _source: Workload, plan: OutboundPlan, tracked: Tracked
+    proxy: PodProxy,
+    sock: socket.socket,
+    _peer: SocketAddress,
+    _source: Workload,
+    plan: OutboundPlan,
+    tracked: Tracked,
 ) -> RelayResult:
     node = proxy.node
     seconds = node.config.connect_timeout_seconds
     tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
-    upstream = await dial(proxy.namespace, address)
+    span = tracked.record.span
+    asked = 0.0 if span is None else trio.current_time()
+    upstream = await dial(proxy.namespace, address, proxy.nursery)
     tracked.unlimit()
+    if span is not None:
+        note_dialled(span, asked, trio.current_time())
     relay = PlainRelay(node.reactor, sock, upstream)
     node.connections.opened(tracked, lambda: (relay.a_to_b, relay.b_to_a))
     return await relay.wait_closed()
@@ -83,12 +90,18 @@ async def _resolve(proxy: PodProxy, hop: NextHop, tracked: Tracked) -> SocketAdd
     if not hop.is_hostname:
         return SocketAddress(hop.host, hop.port)
     wants_v6 = tracked.record.source_address.startswith("[")
-    addresses = await proxy.forwarder.resolve(hop.host, wants_v6=wants_v6)
+    resolve = functools.partial(proxy.forwarder.resolve, hop.host, wants_v6=wants_v6)
+    addresses = await in_task(proxy.nursery, resolve)
     return SocketAddress(proxy.node.rng.choice(addresses), hop.port)
 
 
 async def _tunnel(
-    proxy: PodProxy, sock: socket.socket, source: Workload, plan: OutboundPlan, tracked: Tracked
+    proxy: PodProxy,
+    sock: socket.socket,
+    peer: SocketAddress,
+    source: Workload,
+    plan: OutboundPlan,
+    tracked: Tracked,
 ) -> RelayResult:
     node, record = proxy.node, tracked.record
     record.is_mutual_tls = True
@@ -96,13 +109,10 @@ async def _tunnel(
         source=tracked.identity,
         expected=plan.expected,
         address=SocketAddress(plan.next_hop.host, plan.next_hop.port),
-        source_ip=record.source_address.rpartition(":")[0].strip("[]"),
+        source_ip=peer.ip,
     )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
-    connection = await proxy.pool.acquire(key)
-    record.destination_identity = connection.peer
-    tunnel = connection.open_tunnel(_head(proxy, source, plan, record))
-    response = await tunnel.wait_response()
+    tunnel, response = await _connect(proxy, key, _head(proxy, source, plan, record), record)
     tracked.unlimit()
     if response.status in _STATUS_DENIED:
         raise Denied(
@@ -114,17 +124,44 @@ async def _tunnel(
             f"{plan.next_hop} could not serve {plan.authority} ({response.status})",
             hint="its access log says why",
         )
-    tunnel.relay(sock)
+    tunnel.relay(sock, is_reset_on_close=True)
     node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
     return await tunnel.wait_closed()
 
 
+async def _connect(
+    proxy: PodProxy, key: PoolKey, head: ConnectHead, record: Record
+) -> tuple[Tunnel, ConnectResponse]:
+    """A tunnel and the answer to its CONNECT. Only what the peer surely did not look at, as it
+    was going away or full, is sent once more, on another connection (RFC 9113 section 8.7).
+    """
+    for may_try_again in (True, True, False):
+        asked = 0.0 if record.span is None else trio.current_time()
+        # Picked here and not by the task that waits, so that the pool's counts are true.
+        while (connection := proxy.pool.acquire_nowait(key)) is None:
+            await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
+        record.destination_identity = connection.peer
+        if record.span is not None:
+            note_acquired(record.span, connection, asked, trio.current_time())
+        tunnel = connection.open_tunnel(head)
+        try:
+            return tunnel, await tunnel.wait_response()
+        except Unavailable:
+            if not (tunnel.was_refused and may_try_again):
+                raise
+    raise AssertionError
+
+
 def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record) -> ConnectHead:
-    parent = bytes.fromhex(record.id) + proxy.node.rng.randbytes(8)
+    if record.span is not None:
+        trace = record.span.traceparent
+    else:
+        trace = traceparent(bytes.fromhex(record.id) + proxy.node.rng.randbytes(8))
     host = plan.service.hostname if plan.service is not None else ""
     return ConnectHead(
         authority=plan.authority,
         baggage=baggage_of(source),
         forwarded=Forwarded(record.source_address, host),
-        traceparent=traceparent(parent),
+        traceparent=trace,
+        connection_id=record.connection_id,
     )

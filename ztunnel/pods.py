@@ -16,6 +16,7 @@ import trio
 
 from mesh import netns
 from mesh.errors import KernelError, MeshError
+from mesh.hbone.pool import Pool
 from mesh.retry import Backoff
 from mesh.runtime import lifecycle, log
 from mesh.runtime.admin import Readiness, ReadyTask
@@ -59,6 +60,11 @@ class Pods:
 
     def __iter__(self) -> Iterator[tuple[Pod, str, str]]:
         return self._machine.states()
+
+    def pools(self) -> list[Pool]:
+        """The tunnel pools of the pods that are served."""
+        # One that was only just started has none yet.
+        return [each.pool for each in self._proxies.values() if hasattr(each, "pool")]
 
     async def run(self) -> None:
         """Keep a session with the node agent, for ever. If cancelled: every pod is cut, and

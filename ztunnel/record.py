@@ -16,6 +16,7 @@ from mesh.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.runtime.metrics import UNKNOWN, TcpLabels, tcp_directions
+from mesh.runtime.tracing import Span
 
 Direction = Literal["inbound", "outbound"]
 _MAX_KNOWN_LABELS = 256
@@ -72,6 +73,9 @@ class Record:
     peer_baggage: Baggage | None = None
     is_mutual_tls: bool = False
     policy: str = ""
+    rule: int | None = None
+    connection_id: str = ""
+    span: Span | None = None
     counters: Callable[[], tuple[int, int]] | None = None
     is_open: bool = False
     is_finished: bool = False
@@ -106,9 +110,15 @@ class Ending:
 class Journal:
     """Writes records: `opened` when bytes may flow, `finished` once, `progress` in between."""
 
-    def __init__(self, access: AccessSink, metrics: TcpSink) -> None:
+    def __init__(
+        self,
+        access: AccessSink,
+        metrics: TcpSink,
+        end_span: Callable[[Span, Record, Ending, float], None] = lambda *_: None,
+    ) -> None:
         self._access = access
         self._metrics = metrics
+        self._end_span = end_span
 
     def opened(self, record: Record) -> None:
         """Established end to end."""
@@ -135,6 +145,8 @@ class Journal:
             self._metrics.failed(labels)
         record.is_finished = True
         self._access.record(access_fields(record, ending, now))
+        if record.span is not None:
+            self._end_span(record.span, record, ending, now)
 
     def _add_bytes(self, record: Record, to_tunnel: int, from_tunnel: int) -> None:
         added = record.unreported(to_tunnel, from_tunnel)
@@ -151,6 +163,7 @@ def access_fields(record: Record, ending: Ending, now: float) -> dict[str, objec
         "level": "error" if ending.error else "info",
         "message": "connection complete" if record.is_open else "connection failed",
         "id": record.id,
+        "connection.id": record.connection_id or record.id,
         "direction": record.direction,
         "src.addr": record.source_address,
         "src.workload": source.name if source else peer.workload_name if peer else "",
@@ -165,6 +178,7 @@ def access_fields(record: Record, ending: Ending, now: float) -> dict[str, objec
         "dst.identity": str(record.destination_identity or ""),
         "dst.cluster": destination.cluster_id if destination else "",
         "policy": record.policy,
+        "rule": "" if record.rule is None else record.rule,
         "bytes_sent": ending.bytes_to_tunnel,
         "bytes_recv": ending.bytes_from_tunnel,
         "duration": f"{max(0, round((now - record.started) * 1000))}ms",

@@ -56,7 +56,7 @@ def resolve_endpoint(
         return Refusal(
             "CONNECT",
             choice.reason,
-            hint=f"ambit services -n {service.namespace}: are its endpoints ready?",
+            hint=f"ambit services -n {service.namespace} -o wide: has it the port, and endpoints?",
         )
     return Upstream(choice.candidate.workload, choice.candidate.port, service)
 

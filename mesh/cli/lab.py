@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from mesh.errors import ConfigError
 from mesh.lab.control import check_name, list_labs
 
 DAEMONS = ("istiod_lite", "netconfig", "ztunnel")
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 
 @click.group()
@@ -54,6 +58,12 @@ def lab() -> None:
     help="Run PROGRAM in the place of a daemon: ztunnel, netconfig or istiod_lite.",
 )
 @click.option("--on", "nodes_on", multiple=True, metavar="NODE", help="Replace only on this node.")
+@click.option(
+    "--otlp",
+    metavar="ENDPOINT",
+    show_default="$OTEL_EXPORTER_OTLP_ENDPOINT",
+    help="Send the node proxies' traces to this OTLP collector: of this machine, or a pod's.",
+)
 @click.option("--detach", "-d", is_flag=True, help="Return when the lab is up; it runs on.")
 def up(
     directory: Path,
@@ -61,6 +71,7 @@ def up(
     name: str,
     replace: tuple[str, ...],
     nodes_on: tuple[str, ...],
+    otlp: str | None,
     detach: bool,
 ) -> None:
     """Start nodes and pods from a directory of YAML, and stay until Ctrl-C or `lab down`.
@@ -73,15 +84,19 @@ def up(
       ambit lab up --dir manifests/examples/shop
       ambit lab up --dir my-yaml --nodes 3 --name second
       ambit lab up --replace "ztunnel=/usr/local/bin/ztunnel proxy ztunnel" --on node2
+      ambit lab up --otlp http://localhost:4318
     """
     from mesh.lab.launch import LabSettings, start
 
     with errors():
+        traces = trace_variables(os.environ, otlp)
         settings = LabSettings(
             name=check_name(name),
             directory=Path(os.path.realpath(directory)),
             nodes=nodes,
             replace=parse_replacements(replace, nodes_on),
+            environment={"ztunnel": traces},
+            outside=collector_outside(traces),
             detach=detach,
         )
         running = start(settings, progress=say if sys.stderr.isatty() else None)
@@ -92,6 +107,36 @@ def up(
         say("Ctrl-C or `ambit lab down` ends it")
         code = running.wait()
     sys.exit(code)
+
+
+def trace_variables(environ: Mapping[str, str], endpoint: str | None) -> dict[str, str]:
+    """What the node proxies are told about traces: the caller's own OTEL_* variables, with
+    `endpoint` in the place of theirs.
+    """
+    told = {name: value for name, value in environ.items() if name.startswith("OTEL_")}
+    if endpoint is not None:
+        told.pop(TRACES_ENDPOINT, None)
+        told[ENDPOINT] = endpoint
+    return told
+
+
+def collector_outside(variables: Mapping[str, str]) -> tuple[str, int] | None:
+    """The address of a collector on this machine's loopback, which the lab has to be led to; None
+    for any other. Raises ConfigError for what is no URL.
+    """
+    text = variables.get(TRACES_ENDPOINT) or variables.get(ENDPOINT, "")
+    try:
+        url = urllib.parse.urlsplit(text)
+        host, port = url.hostname or "", url.port
+    except ValueError as exc:
+        raise ConfigError(f"not a URL: {text!r}", field="--otlp") from exc
+    if text and url.scheme not in ("http", "https"):
+        raise ConfigError(
+            f"not a URL: {text!r}", field="--otlp", hint="such as http://localhost:4318"
+        )
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        return None
+    return host, port or (443 if url.scheme == "https" else 80)
 
 
 def parse_replacements(

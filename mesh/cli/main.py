@@ -16,11 +16,16 @@ _VERBS = {
     "certificates": ("mesh.cli.inspect", "certificates", "Show the proxies' certificates."),
     "check": ("mesh.cli.check", "check", "Validate and lint YAML, without a cluster."),
     "connections": ("mesh.cli.inspect", "connections", "Show open connections."),
+    "explain": ("mesh.cli.explain", "explain", "Say what happens to a connection, and why."),
+    "install": ("mesh.cli.install", "install", "Install the mesh into Kubernetes."),
     "lab": ("mesh.cli.lab", "lab", "Run the whole mesh on this machine."),
     "enroll": ("mesh.cli.enroll", "enroll", "Take a namespace into the mesh."),
     "policies": ("mesh.cli.inspect", "policies", "Show the policies that proxies enforce."),
     "services": ("mesh.cli.inspect", "services", "Show the services that proxies know."),
+    "status": ("mesh.cli.status", "status", "Show the whole mesh on one screen."),
     "workloads": ("mesh.cli.inspect", "workloads", "Show the workloads that proxies know."),
+    "waypoint": ("mesh.cli.waypoint", "waypoint", "Deploy waypoints: L7 for who opts in."),
+    "uninstall": ("mesh.cli.install", "uninstall", "Take the mesh out of Kubernetes."),
     "unenroll": ("mesh.cli.enroll", "unenroll", "Take a namespace out of the mesh."),
 }
 
@@ -53,6 +58,7 @@ def ambit() -> None:
     Examples:
       ambit lab demo                     watch the mesh at work, on this machine
       ambit lab up --dir my-yaml         run a directory of Kubernetes YAML
+      ambit status                       see how it is, on one screen
       ambit enroll shop                  take the namespace shop into the mesh
       ambit workloads                    see what the node proxies know
     """

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import trio
 
@@ -62,14 +62,32 @@ _GROUP_OF = {
     "ConfigMap": "",
     "EndpointSlice": "discovery.k8s.io",
     "Deployment": "apps",
+    "DaemonSet": "apps",
+    "ReplicaSet": "apps",
+    "StatefulSet": "apps",
+    "Secret": "",
+    "Event": "",
+    "Lease": "coordination.k8s.io",
+    "PodDisruptionBudget": "policy",
+    "Role": "rbac.authorization.k8s.io",
+    "RoleBinding": "rbac.authorization.k8s.io",
+    "ClusterRole": "rbac.authorization.k8s.io",
+    "ClusterRoleBinding": "rbac.authorization.k8s.io",
+    "CustomResourceDefinition": "apiextensions.k8s.io",
     "AuthorizationPolicy": "security.istio.io",
     "PeerAuthentication": "security.istio.io",
+    "RequestAuthentication": "security.istio.io",
     "ServiceEntry": "networking.istio.io",
     "WorkloadEntry": "networking.istio.io",
     "Gateway": "gateway.networking.k8s.io",
     "GatewayClass": "gateway.networking.k8s.io",
     "HTTPRoute": "gateway.networking.k8s.io",
     "GRPCRoute": "gateway.networking.k8s.io",
+    "TCPRoute": "gateway.networking.k8s.io",
+    "TLSRoute": "gateway.networking.k8s.io",
+    "ReferenceGrant": "gateway.networking.k8s.io",
+    "RateLimitPolicy": "ambit.dev",
+    "RedactionPolicy": "ambit.dev",
 }
 
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}")
@@ -84,6 +102,12 @@ class NotFound(Unavailable):
     """The object that should be changed does not exist (any more)."""
 
     retryable = False
+
+
+class Conflict(Unavailable):
+    """The object exists already, or has changed since it was read: read it again."""
+
+    retryable = True
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -209,6 +233,23 @@ class Cluster(Protocol):
         ...
 
 
+@runtime_checkable
+class VersionedCluster(Protocol):
+    """What only an API server has beside `Cluster`: writes that never overwrite another's."""
+
+    async def get(self, ref: Ref) -> Object | None:
+        """See `Cluster.get`."""
+        ...
+
+    async def create(self, object: Object) -> Object:  # noqa: A002
+        """Create, and return what became of it. Raises Conflict if it exists."""
+        ...
+
+    async def replace(self, object: Object) -> Object:  # noqa: A002
+        """Replace it whole. Raises Conflict unless it has the `resourceVersion` that it names."""
+        ...
+
+
 def ref_of(obj: Any) -> Ref:
     """Name an object. Raises ConfigError with the field if it is none.
 
@@ -246,6 +287,16 @@ def ref_of(obj: Any) -> Ref:
     if kind in _GROUP_OF and _GROUP_OF[kind] != group:
         kind = f"{kind}.{group}" if group else f"{kind}.core"
     return Ref(kind, "" if kind in _CLUSTER_SCOPED else namespace, name)
+
+
+def group_of(kind: str) -> str:
+    """The API group of a kind as a `Ref` names it. Raises ConfigError for one not known here."""
+    name, dot, group = kind.partition(".")
+    if dot:
+        return "" if group == "core" else group
+    if name not in _GROUP_OF:
+        raise ConfigError(f"no API group is known for {name}", hint=f"name it: {name}.group")
+    return _GROUP_OF[name]
 
 
 def located(error: ConfigError, source: Source | None) -> ConfigError:

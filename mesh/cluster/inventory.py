@@ -10,6 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias, TypeVar, cast
 
 from mesh.cluster.api import Object, Ref, Source, located
+from mesh.cluster.entries import parse_service_entry, parse_workload_entry
+from mesh.cluster.gateways import parse_gateway, parse_gateway_class, parse_reference_grant
+from mesh.cluster.l7_policies import (
+    parse_rate_limit_policy,
+    parse_redaction_policy,
+    parse_request_authentication,
+)
 from mesh.cluster.objects import (
     Metadata,
     parse_endpoint_slice,
@@ -20,6 +27,12 @@ from mesh.cluster.objects import (
     parse_service_account,
 )
 from mesh.cluster.policies import parse_authorization_policy, parse_peer_authentication
+from mesh.cluster.routes import (
+    parse_grpc_route,
+    parse_http_route,
+    parse_tcp_route,
+    parse_tls_route,
+)
 from mesh.errors import ConfigError
 
 M = TypeVar("M", bound=Metadata)
@@ -32,8 +45,20 @@ PARSERS: Mapping[str, Parser] = {
     "Service": parse_service,
     "ServiceAccount": parse_service_account,
     "EndpointSlice": parse_endpoint_slice,
+    "ServiceEntry": parse_service_entry,
+    "WorkloadEntry": parse_workload_entry,
     "AuthorizationPolicy": parse_authorization_policy,
     "PeerAuthentication": parse_peer_authentication,
+    "RequestAuthentication": parse_request_authentication,
+    "RateLimitPolicy": parse_rate_limit_policy,
+    "RedactionPolicy": parse_redaction_policy,
+    "Gateway": parse_gateway,
+    "GatewayClass": parse_gateway_class,
+    "ReferenceGrant": parse_reference_grant,
+    "HTTPRoute": parse_http_route,
+    "GRPCRoute": parse_grpc_route,
+    "TCPRoute": parse_tcp_route,
+    "TLSRoute": parse_tls_route,
 }
 
 

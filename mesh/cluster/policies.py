@@ -18,6 +18,7 @@ from mesh.cluster.fields import Reader, shown
 from mesh.cluster.objects import Metadata, read_metadata
 from mesh.errors import ConfigError
 
+MAX_TARGETS = 16
 ACTIONS = ("ALLOW", "DENY", "AUDIT", "CUSTOM")
 MTLS_MODES = ("UNSET", "DISABLE", "PERMISSIVE", "STRICT")
 
@@ -82,6 +83,15 @@ class Rule:
     operations: tuple[Operation, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
+    @property
+    def needs_http(self) -> bool:
+        """Whether some part of it can be judged by an HTTP proxy only."""
+        return (
+            any(each.l7 for each in self.sources)
+            or any(each.l7 for each in self.operations)
+            or any(each.key not in L4_CONDITIONS for each in self.conditions)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TargetRef:
@@ -91,13 +101,17 @@ class TargetRef:
     kind: str
     name: str
     namespace: str = ""
+    section: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthorizationPolicy(Metadata):
-    """`selector` None: the whole namespace (or mesh). No rules never matches."""
+    """`selector` None: the whole namespace (or mesh). No rules never matches. `provider` is the
+    name of the external authorizer of CUSTOM.
+    """
 
     action: str = "ALLOW"
+    provider: str = ""
     selector: Mapping[str, str] | None = None
     target_refs: tuple[TargetRef, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -122,16 +136,15 @@ def parse_authorization_policy(obj: Object) -> AuthorizationPolicy:
     if spec.get("provider").exists and action != "CUSTOM":
         spec.get("provider").fail("only a CUSTOM policy has a provider")
     selector = read_selector(spec.get("selector"))
-    refs = [_target_ref(each) for each in spec.get("targetRefs").items()]
-    if spec.get("targetRef").exists:
-        refs.append(_target_ref(spec.get("targetRef")))
+    refs = read_target_refs(spec)
     if refs and selector is not None:
         spec.get("targetRefs").fail("beside a selector: a policy has one or the other")
     return AuthorizationPolicy(
         **read_metadata(obj),
         action=action,
+        provider=spec.get("provider").only("name").get("name").text(),
         selector=selector,
-        target_refs=tuple(refs),
+        target_refs=refs,
         rules=tuple(_rule(each) for each in spec.get("rules").items()),
     )
 
@@ -168,13 +181,27 @@ def read_selector(selector: Reader) -> Mapping[str, str] | None:
     return labels.labels()
 
 
+def read_target_refs(spec: Reader) -> tuple[TargetRef, ...]:
+    """What a policy is attached to, `targetRef` of old included. Raises ConfigError."""
+    refs = [_target_ref(each) for each in spec.get("targetRefs").items()]
+    if spec.get("targetRef").exists:
+        refs.append(_target_ref(spec.get("targetRef")))
+    if len(refs) > MAX_TARGETS:
+        spec.get("targetRefs").fail(f"{len(refs)} targets, allowed are {MAX_TARGETS}")
+    return tuple(refs)
+
+
 def _target_ref(ref: Reader) -> TargetRef:
-    ref.only("group", "kind", "name", "namespace")
+    ref.only("group", "kind", "name", "namespace", "sectionName")
+    group, kind = ref.get("group").text(), ref.get("kind").name()
+    if ref.get("sectionName").exists and not kind.endswith("Route"):
+        ref.get("sectionName").fail("only rules of routes can be named here")
     return TargetRef(
-        ref.get("group").text(),
-        ref.get("kind").name(),
+        "" if group == "core" else group,
+        kind,
         ref.get("name").name(),
         ref.get("namespace").text(),
+        ref.get("sectionName").text(),
     )
 
 

@@ -28,6 +28,7 @@ from mesh.hbone.wire import LINGER_SECONDS, Wire
 from mesh.http import h2_frames as h2
 from mesh.http.h2_core import H2Core, Stream
 from mesh.http.hpack_table import Pair, encode_block
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.reactor import Reactor
 from mesh.sockets import HBONE_PORT, SocketAddress
@@ -39,8 +40,9 @@ __all__ = ["CLIENT_SETTINGS", "SERVER_SETTINGS", "Tunnel", "TunnelConnection", "
 Verify = Callable[[bytes], SpiffeId]
 """The identity in a leaf certificate (DER). Raises IdentityError."""
 
-SERVER_SETTINGS = h2.LocalSettings(max_header_list=64 << 10)
-CLIENT_SETTINGS = h2.LocalSettings(max_header_list=16 << 10)
+_FIRST_WINDOW, _LARGEST_WINDOW = 256 << 10, 4 << 20
+SERVER_SETTINGS = h2.LocalSettings(_FIRST_WINDOW, _LARGEST_WINDOW, max_header_list=64 << 10)
+CLIENT_SETTINGS = h2.LocalSettings(_FIRST_WINDOW, _LARGEST_WINDOW, max_header_list=16 << 10)
 
 PING_SECONDS = 10.0
 PING_TIMEOUT_SECONDS = 20.0
@@ -63,6 +65,7 @@ class TunnelConnection(Wire):
         peer: SpiffeId,
         *,
         on_tunnel: Callable[[Tunnel], None] | None = None,
+        budget: WindowBudget | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> None:
@@ -73,12 +76,17 @@ class TunnelConnection(Wire):
         self._ping_timeout_seconds = ping_timeout_seconds
         client = on_tunnel is None
         self.core = H2Core(
-            self, client=client, settings=CLIENT_SETTINGS if client else SERVER_SETTINGS
+            self,
+            client=client,
+            settings=CLIENT_SETTINGS if client else SERVER_SETTINGS,
+            budget=budget,
         )
         self._parked: dict[Tunnel, None] = {}
         self._draining = False
         self._idle_since: float | None = trio.current_time()
         self._settled = trio.Event()
+        # How it came about, for whoever asks where the time went. Seconds; trio time.
+        self.dial_seconds = self.handshake_seconds = self.settled_at = 0.0
 
     # ---- making one
 
@@ -93,6 +101,7 @@ class TunnelConnection(Wire):
         verify: Verify,
         connect_timeout: float = 10.0,
         handshake_timeout: float = 10.0,
+        budget: WindowBudget | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> TunnelConnection:
@@ -103,11 +112,13 @@ class TunnelConnection(Wire):
         Takes `sock` over. Raises Unavailable (flag NETWORK_POLICY when connecting to the
         HBONE port timed out) or IdentityError. If cancelled: the socket is closed.
         """
+        began = trio.current_time()
         try:
             await _dial(sock, address, connect_timeout)
         except BaseException:
             sock.close()
             raise
+        dialled = trio.current_time()
         session = await handshake(sock, context, server_side=False, timeout=handshake_timeout)
         try:
             verify_parameters(session)
@@ -115,6 +126,7 @@ class TunnelConnection(Wire):
                 reactor,
                 session,
                 verify(session.peer_certificate_der()),
+                budget=budget,
                 ping_seconds=ping_seconds,
                 ping_timeout_seconds=ping_timeout_seconds,
             )
@@ -134,6 +146,9 @@ class TunnelConnection(Wire):
         except BaseException:
             connection.close("not established")
             raise
+        connection.settled_at = trio.current_time()
+        connection.dial_seconds = dialled - began
+        connection.handshake_seconds = connection.settled_at - dialled
         return connection
 
     @classmethod
@@ -146,6 +161,7 @@ class TunnelConnection(Wire):
         verify: Verify,
         on_tunnel: Callable[[Tunnel], None],
         handshake_timeout: float = 10.0,
+        budget: WindowBudget | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> TunnelConnection:
@@ -157,20 +173,25 @@ class TunnelConnection(Wire):
         Takes `sock` over. Raises Unavailable, IdentityError. If cancelled: the socket is
         closed. Call `run` at once: nothing is read before.
         """
+        began = trio.current_time()
         session = await handshake(sock, context, server_side=True, timeout=handshake_timeout)
         try:
             verify_parameters(session)
-            return cls(
+            connection = cls(
                 reactor,
                 session,
                 verify(session.peer_certificate_der()),
                 on_tunnel=on_tunnel,
+                budget=budget,
                 ping_seconds=ping_seconds,
                 ping_timeout_seconds=ping_timeout_seconds,
             )
         except BaseException:
             session.close()
             raise
+        connection.settled_at = trio.current_time()
+        connection.handshake_seconds = connection.settled_at - began
+        return connection
 
     # ---- for the owner
 
@@ -306,6 +327,7 @@ class TunnelConnection(Wire):
             refusal = ConnectResponse(exc.http_status)
             self.core.send_headers(stream, encode_block(encode_response(refusal)), end_stream=True)
             self.core.reset(stream, h2.NO_ERROR)
+            self.core.cheap_arrived("malformed requests")
             return
         tunnel = Tunnel(self, head)
         tunnel.bind(stream)

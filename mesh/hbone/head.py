@@ -32,7 +32,10 @@ _FORWARDED_PART = re.compile(r'\s*([A-Za-z]+)=(?:"([^"\\]*)"|([^\s";,]*))\s*')
 _WORKLOAD_KINDS: Final = ("deployment", "cronjob", "pod", "job")
 _KNOWN: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
 _NOT_TOLD: Final = [""]
+_CONNECTION_KEY: Final = "ambit.connection.id="
+_CONNECTION_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _REMEMBERED_BAGGAGE: Final = 1024
+_FEW_HEADERS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class ConnectHead:
     """A CONNECT request.
 
     `authority` is text as on the wire (`parse_authority` reads it); `extra` are further
-    headers, lower-case names, in order.
+    headers, lower-case names, in order. `connection_id` names the connection at every hop, for
+    logs only; it travels in the baggage, as a member that others ignore.
     """
 
     authority: str
@@ -82,6 +86,7 @@ class ConnectHead:
     forwarded: Forwarded | None = None
     traceparent: str = ""
     extra: tuple[tuple[str, str], ...] = ()
+    connection_id: str = ""
 
     def header(self, name: str) -> str:
         """The first value of an extra header, or empty text."""
@@ -184,6 +189,28 @@ def _parse_baggage(headers: Iterable[str]) -> Baggage:
 _parse_known_baggage = functools.lru_cache(maxsize=512)(_parse_baggage)
 
 
+def take_connection_id(headers: Iterable[str]) -> tuple[str, list[str]]:
+    """The connection id in `baggage` headers, empty if none can be read, and the headers
+    without it: what is left is the same for every connection of a peer, and cached.
+    """
+    found = ""
+    rest = []
+    for header in headers:
+        at = header.find(_CONNECTION_KEY)
+        if at < 0 or (at and header[at - 1] != ","):
+            rest.append(header)
+            continue
+        end = header.find(",", at)
+        if end < 0:
+            value, left = header[at + len(_CONNECTION_KEY) :], header[: max(at - 1, 0)]
+        else:
+            value, left = header[at + len(_CONNECTION_KEY) : end], header[:at] + header[end + 1 :]
+        found = value if _CONNECTION_ID.fullmatch(value) else ""
+        if left:
+            rest.append(left)
+    return found, rest
+
+
 def encode_forwarded(forwarded: Forwarded) -> str:
     """`for="ip:port"` and, when there is one, `;host=<hostname>`."""
     text = f'for="{forwarded.for_address}"'
@@ -201,17 +228,21 @@ def parse_forwarded(text: str) -> Forwarded | None:
     return Forwarded(fields.get("for", ""), fields.get("host", "").lower())
 
 
-def traceparent(random_bytes: bytes) -> str:
-    """A W3C `traceparent`, not sampled, from 24 random bytes."""
+def traceparent(random_bytes: bytes, *, is_sampled: bool = False) -> str:
+    """A W3C `traceparent` from 24 bytes: the trace's id and the parent's."""
     if len(random_bytes) != 24:
         raise LocalProtocolError("a traceparent needs 24 random bytes")
-    return f"00-{random_bytes[:16].hex()}-{random_bytes[16:].hex()}-00"
+    flags = "01" if is_sampled else "00"
+    return f"00-{random_bytes[:16].hex()}-{random_bytes[16:].hex()}-{flags}"
 
 
 def encode_request(head: ConnectHead) -> list[Pair]:
     """The header pairs of a CONNECT."""
     pairs = [(b":method", b"CONNECT"), (b":authority", head.authority.encode("ascii"))]
-    if head.baggage is not None and (text := encode_baggage(head.baggage)):
+    text = encode_baggage(head.baggage) if head.baggage is not None else ""
+    if head.connection_id:
+        text += f"{',' if text else ''}{_CONNECTION_KEY}{head.connection_id}"
+    if text:
         pairs.append((b"baggage", text.encode("ascii")))
     if head.forwarded is not None:
         pairs.append((b"forwarded", encode_forwarded(head.forwarded).encode("ascii")))
@@ -243,12 +274,14 @@ def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
     authority = parse_authority(pseudo[b":authority"].decode("latin-1"))
     forwarded = known.get(b"forwarded")
     trace = known.get(b"traceparent", _NOT_TOLD)[0]
+    connection_id, told = take_connection_id(known.get(b"baggage", ()))
     return ConnectHead(
         str(authority),
-        baggage=parse_baggage(known[b"baggage"]) if b"baggage" in known else None,
+        baggage=parse_baggage(told) if b"baggage" in known else None,
         forwarded=parse_forwarded(forwarded[0]) if forwarded else None,
         traceparent=trace if _TRACEPARENT.fullmatch(trace) else "",
         extra=_extra(extra),
+        connection_id=connection_id,
     )
 
 
@@ -263,6 +296,13 @@ def encode_response(response: ConnectResponse) -> list[Pair]:
 
 def parse_response(pairs: Iterable[Pair]) -> ConnectResponse:
     """Read an answer. Raises RemoteProtocolError."""
+    told = tuple(pairs)
+    if sum(len(value) for _, value in told) <= _REMEMBERED_BAGGAGE and len(told) <= _FEW_HEADERS:
+        return _parse_known_response(told)
+    return _parse_response(told)
+
+
+def _parse_response(pairs: Iterable[Pair]) -> ConnectResponse:
     known: dict[bytes, list[str]] = {}
     extra: list[Pair] = []
     status = b""
@@ -291,3 +331,7 @@ def _is_plain(value: str) -> bool:
 def _extra(pairs: Iterable[Pair]) -> tuple[tuple[str, str], ...]:
     kept = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs]
     return tuple(kept[:MAX_EXTRA_HEADERS])
+
+
+# Many tunnels of one peer get the same answer.
+_parse_known_response = functools.lru_cache(maxsize=256)(_parse_response)

@@ -11,8 +11,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-import trio
-
+from mesh.fiber import Signal
 from mesh.reactor import READABLE, WRITABLE, Reactor
 from mesh.sockets import end_on_close, reset_on_close
 from mesh.tls.session import READ_SIZE
@@ -140,7 +139,7 @@ class PlainRelay:
         self.is_closed = False
         """Whether both sockets are closed."""
         self._error: str | None = None
-        self._closed = trio.Event()
+        self._closed = Signal()
         self._a, self._b = _Half(self, a), _Half(self, b)
         self._a.other, self._b.other = self._b, self._a
         for half in (self._a, self._b):
@@ -170,7 +169,7 @@ class PlainRelay:
         self.is_closed = True
         self._closed.set()
         for half in (self._a, self._b):
-            self.reactor.remove(half.fd)
+            self.reactor.forget(half.fd)
             if error is None:
                 end_on_close(half.sock)
             half.sock.close()

@@ -3,8 +3,7 @@
 `assign` and `expired` decide, purely; `Pool` is the shell that dials, runs and forgets
 connections. At most one dial per key is in flight, others wait for it. A connection that
 comes near its stream limit is taken out for good and lives until its streams have ended;
-one that stays idle is taken out and closed in order. A CONNECT that was sent is never
-sent again. One pool per captured pod.
+one that stays idle is taken out and closed in order. One pool per captured pod.
 """
 
 from __future__ import annotations
@@ -131,26 +130,43 @@ class Pool:
         closed. If cancelled: the dial goes on for the others.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            if self._is_closed:
-                raise Unavailable("the connection pool is closed", flag="DRAINING")
-            group = self._groups.get(key)
-            if group is None:
-                group = self._groups[key] = _Group()
-            connection = self._pick(group)
-            if connection is not None:
-                return connection
-            dial = group.dial
-            if dial is None:
-                dial = group.dial = _Dial()
-                self._nursery.start_soon(self._dial_one, key, group, dial)
-            dial.waiters += 1
-            try:
-                await dial.done.wait()
-            finally:
-                dial.waiters -= 1
-            if dial.error is not None:
-                raise copy.copy(dial.error) from dial.error
+        while (connection := self.acquire_nowait(key)) is None:
+            await self.wait_dialled(key)
+        return connection
+
+    async def wait_dialled(self, key: PoolKey) -> None:
+        """Until `acquire_nowait` is worth another try: somebody's dial has succeeded.
+
+        Raises what `dial` raised (each waiter its own copy), Unavailable when the pool is
+        closed. If cancelled: the dial goes on for the others.
+        """
+        if self._is_closed:
+            raise Unavailable("the connection pool is closed", flag="DRAINING")
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group()
+        elif any(self._has_room(each) for each in group.connections):
+            return
+        dial = group.dial
+        if dial is None:
+            dial = group.dial = _Dial()
+            self._nursery.start_soon(self._dial_one, key, group, dial)
+        dial.waiters += 1
+        try:
+            await dial.done.wait()
+        finally:
+            dial.waiters -= 1
+        if dial.error is not None:
+            raise copy.copy(dial.error) from dial.error
+
+    def _has_room(self, connection: TunnelConnection) -> bool:
+        limit = min(self._max_streams, connection.max_tunnels)
+        return connection.is_usable and connection.tunnel_count < limit
+
+    def acquire_nowait(self, key: PoolKey) -> TunnelConnection | None:
+        """As `acquire`, None when it would have to wait or to fail."""
+        group = self._groups.get(key)
+        return None if group is None or self._is_closed else self._pick(group)
 
     async def drain(self, deadline_seconds: float) -> None:
         """GOAWAY everywhere, wait for the tunnels until the deadline, then close_all()."""

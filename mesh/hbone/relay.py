@@ -80,7 +80,9 @@ class SocketEnd:
         "_tunnel",
     )
 
-    def __init__(self, tunnel: Tunnel, sock: socket.socket, reactor: Reactor) -> None:
+    def __init__(
+        self, tunnel: Tunnel, sock: socket.socket, reactor: Reactor, *, is_reset_on_close: bool
+    ) -> None:
         self._tunnel = tunnel
         self._sock: socket.socket | None = sock
         self._fd = sock.fileno()
@@ -91,7 +93,8 @@ class SocketEnd:
         self._sink_ended = False
         self._discarding = False
         # Until the end is an orderly one: not even our own death may look like one.
-        reset_on_close(sock)
+        if not is_reset_on_close:
+            reset_on_close(sock)
         reactor.add(self._fd, self, READABLE)
 
     def _watch(self, events: int) -> None:
@@ -195,6 +198,8 @@ class SocketEnd:
                 self._broken(exc)
                 return
             del pending[:sent]
+            if pending:
+                self._tunnel.lag()
             self._tunnel.credit(sent)
             if pending or self._sock is None:
                 return
@@ -260,14 +265,14 @@ class SocketEnd:
         sock, self._sock = self._sock, None
         if sock is not None:
             self._pending = None
-            self._reactor.remove(self._fd)
+            self._reactor.forget(self._fd)
             reset_on_close(sock)
             sock.close()
 
     def _close(self, error: str | None) -> None:
         sock, self._sock = self._sock, None
         if sock is not None:
-            self._reactor.remove(self._fd)
+            self._reactor.forget(self._fd)
             end_on_close(sock)
             sock.close()
             self._tunnel.finish(error)

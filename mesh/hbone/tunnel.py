@@ -8,13 +8,13 @@ here, uncredited, so at most one stream window of them.
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import trio
-
 from mesh.errors import LocalProtocolError, MeshError, Unavailable
+from mesh.fiber import Signal
 from mesh.hbone.head import (
     Baggage,
     ConnectHead,
@@ -30,6 +30,11 @@ from mesh.sockets import reset_on_close
 
 if TYPE_CHECKING:
     from mesh.hbone.connection import TunnelConnection
+
+
+@functools.lru_cache(maxsize=256)
+def _response_block(status: int, baggage: Baggage | None) -> bytes:
+    return encode_block(encode_response(ConnectResponse(status, baggage)))
 
 
 class Tunnel:
@@ -55,6 +60,7 @@ class Tunnel:
         "is_closed",
         "received",
         "sent",
+        "was_refused",
     )
 
     _stream: Stream
@@ -65,14 +71,16 @@ class Tunnel:
         self.sent = 0
         self.received = 0
         self.is_closed = False
+        self.was_refused = False
+        """Client: the peer cut it and says that it did nothing about it: it may be sent again."""
         self._sink: Sink | None = None
         self._early = bytearray()
         self._early_end = False
         self._early_stop = False
         self._response: ConnectResponse | None = None
         self._error: str | None = None
-        self._answered = trio.Event()
-        self._closed = trio.Event()
+        self._answered = Signal()
+        self._closed = Signal()
 
     # ---- for the owner
 
@@ -84,7 +92,7 @@ class Tunnel:
         """
         try:
             await self._answered.wait()
-        except trio.Cancelled:
+        except BaseException:  # cancelled, as a task or as a fiber
             self.reset(reason="cancelled")
             raise
         if self._response is None:
@@ -97,7 +105,7 @@ class Tunnel:
     def respond(self, status: int = 200, *, baggage: Baggage | None = None) -> None:
         """Server: accept. Nothing happens when the tunnel is already gone (`is_closed`)."""
         if not self.is_closed:
-            block = encode_block(encode_response(ConnectResponse(status, baggage)))
+            block = _response_block(status, baggage)
             self.connection.core.send_headers(self._stream, block)
             self.connection.touch()
 
@@ -106,24 +114,26 @@ class Tunnel:
         if self.is_closed:
             return
         core = self.connection.core
-        block = encode_block(encode_response(ConnectResponse(status)))
+        block = _response_block(status, None)
         core.send_headers(self._stream, block, end_stream=True)
         core.reset(self._stream, h2.NO_ERROR)
         self.connection.touch()
         self.finish(f"refused with {status}")
 
-    def relay(self, sock: socket.socket, *, has_spoken: bool = True) -> None:
+    def relay(
+        self, sock: socket.socket, *, has_spoken: bool = True, is_reset_on_close: bool = False
+    ) -> None:
         """Start the fast path between `sock` and the tunnel.
 
         `sock` is connected and non-blocking; it belongs to the relay from here on and is
         closed by it, also when the tunnel is already gone. `has_spoken` says that something is
-        probably there to be read.
+        probably there to be read, `is_reset_on_close` that its close would send RST already.
         """
         if self.is_closed:
             reset_on_close(sock)
             sock.close()
             return
-        end = SocketEnd(self, sock, self.connection.reactor)
+        end = SocketEnd(self, sock, self.connection.reactor, is_reset_on_close=is_reset_on_close)
         self.attach(end)
         if has_spoken:
             end.on_readable()
@@ -205,6 +215,10 @@ class Tunnel:
         self.connection.core.end(self._stream)
         self.connection.touch()
 
+    def lag(self) -> None:
+        """The local end does not take what is delivered as it comes."""
+        self._stream.lagged = True
+
     def credit(self, count: int) -> None:
         """`count` delivered bytes were consumed."""
         core = self.connection.core
@@ -274,6 +288,7 @@ class Tunnel:
             else:
                 self._early_stop = True
             return
+        self.was_refused = by_peer and code == h2.REFUSED_STREAM and self._response is None
         who = "the peer" if by_peer else "us, the peer broke a rule"
         self._cut(code, f"stream reset by {who}: {h2.error_name(code)}")
 

@@ -22,6 +22,7 @@ from mesh.http.abuse import TokenBucket
 from mesh.http.h2_reader import FrameReader, broken
 from mesh.http.h2_stream import Receiver, Stream, find_head_problem, is_interim
 from mesh.http.hpack_table import TABLE_SIZE_ZERO, Block, BlockDecoder
+from mesh.http.receive_windows import ReceiveWindows, WindowBudget
 
 __all__ = ["INITIAL_PEER_STREAMS", "H2Core", "Receiver", "Stream"]
 
@@ -42,6 +43,7 @@ class H2Core:
         client: bool,
         settings: h2.LocalSettings | None = None,
         bucket: TokenBucket | None = None,
+        budget: WindowBudget | None = None,
     ) -> None:
         self._receiver = receiver
         self._client = client
@@ -65,7 +67,7 @@ class H2Core:
         self._receive_window = max(self._settings.connection_window, h2.DEFAULT_WINDOW)
         self._uncredited = 0
         self._credit_step = self._receive_window // 2
-        self._stream_step = max(1, self._settings.stream_window // 2)
+        self._windows = ReceiveWindows(self._settings, budget)
         self._accept_up_to = h2.LARGEST_STREAM_ID
         self._next_id = 1
         self._last_peer_id = 0
@@ -316,6 +318,7 @@ class H2Core:
 
     def _forget(self, stream: Stream) -> None:
         stream.closed = True
+        self._windows.forget(stream)
         del self.streams[stream.id]
         self._reader.forget(stream)
         self._receiver.on_closed(stream)
@@ -348,8 +351,7 @@ class H2Core:
         """Whether `open` may be called."""
         return (
             self._client
-            and not self.goaway_received
-            and not self.goaway_sent
+            and not (self.goaway_received or self.goaway_sent)
             and len(self.streams) < self.peer_max_streams
             and self._next_id <= h2.LARGEST_STREAM_ID
         )
@@ -424,14 +426,14 @@ class H2Core:
         self._forget(stream)
 
     def credit(self, stream: Stream, count: int) -> None:
-        """`count` bytes of a stream were consumed; the peer may send as many again."""
+        """`count` bytes of a stream were consumed; the peer may send as many again, or more."""
         if stream.closed or stream.remote_ended:
             return
         stream.uncredited += count
-        if stream.uncredited >= self._stream_step:
-            self.out += h2.pack_window_update(stream.id, stream.uncredited)
-            stream.receive_window += stream.uncredited
-            stream.uncredited = 0
+        if stream.uncredited >= stream.credit_step:
+            increment = self._windows.settle(stream)
+            self.out += h2.pack_window_update(stream.id, increment)
+            stream.receive_window += increment
 
     def ping(self, payload: bytes) -> None:
         """Send a PING of 8 bytes."""
@@ -439,9 +441,7 @@ class H2Core:
         self.out += h2.pack_frame(h2.PING, 0, 0, payload)
 
     def goaway(self, code: int = h2.NO_ERROR, debug: str = "", *, soon: bool = False) -> None:
-        """Send GOAWAY. With `soon` streams that are already on their way are still taken;
-        a second call without it draws the line.
-        """
+        """Send GOAWAY. `soon`: streams on their way are taken, until a call without it."""
         last = h2.LARGEST_STREAM_ID if soon else self._last_peer_id
         self._accept_up_to = min(self._accept_up_to, last)
         self.goaway_sent = True

@@ -73,9 +73,13 @@ def is_lawful_setting(key: int, value: int, *, to_client: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """What we announce and enforce. Sizes in bytes; the windows are Istio's."""
+    """What we announce and enforce. Sizes in bytes; the windows are Istio's.
+
+    A stream begins with `stream_window`; up to `largest_window` it grows with use.
+    """
 
     stream_window: int = 4 << 20
+    largest_window: int = 0
     connection_window: int = 16 << 20
     max_frame: int = 1 << 20
     max_header_list: int = 64 << 10

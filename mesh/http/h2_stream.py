@@ -15,13 +15,17 @@ class Stream:
     """One stream. `owner` is the shell's; windows are in bytes.
 
     `starved` is set by the shell when it stopped sending for want of stream window; the
-    core clears it and calls `on_stream_room`.
+    core clears it and calls `on_stream_room`. Of the window that the peer may use,
+    `granted` bytes are beyond the first one; `lagged` says that the reader did not keep up.
     """
 
     __slots__ = (
         "answered",
         "closed",
+        "credit_step",
+        "granted",
         "id",
+        "lagged",
         "local_ended",
         "owner",
         "receive_window",
@@ -36,6 +40,9 @@ class Stream:
         self.owner: Any = None
         self.send_window = send_window
         self.receive_window = receive_window
+        self.credit_step = max(1, receive_window // 2)
+        self.granted = 0
+        self.lagged = False
         self.uncredited = 0
         self.answered = False
         self.local_ended = False

@@ -19,6 +19,7 @@ import trio
 
 from mesh.errors import MeshError
 from mesh.lab import control, launch, mounts
+from mesh.lab.door import ENVIRONMENT as DOOR
 from mesh.lab.report import status_of
 from mesh.lab.serve_control import serve_control
 from mesh.lab.supervisor import Supervisor
@@ -46,11 +47,16 @@ class Reporter:
             self._fd = -1
 
 
-async def _live(settings: launch.LabSettings, listener: socket.socket, reporter: Reporter) -> None:
+async def _live(
+    settings: launch.LabSettings,
+    listener: socket.socket,
+    reporter: Reporter,
+    door: socket.socket | None,
+) -> None:
     avoid = (sys.prefix, sys.base_prefix, __file__, settings.directory, Path.cwd())
     hide = mounts.choose_run_place([Path(each) for each in avoid])
     run = mounts.prepare_run_directory(hide)
-    supervisor = Supervisor(settings, run, hide, os.environ)
+    supervisor = Supervisor(settings, run, hide, os.environ, door)
 
     async def watch_signals() -> None:
         with trio.open_signal_receiver(*_ENDING) as seen:
@@ -76,9 +82,13 @@ def main() -> int:
     listener = socket.socket(fileno=int(os.environ.pop(launch.LISTENER_ENVIRONMENT)))
     settings = launch.LabSettings.from_json(os.environ.pop(launch.SETTINGS_ENVIRONMENT))
     os.set_inheritable(listener.fileno(), False)
+    door = None
+    if DOOR in os.environ:
+        door = socket.socket(fileno=int(os.environ.pop(DOOR)))
+        os.set_inheritable(door.fileno(), False)
     failed: list[MeshError] = []
     try:
-        trio.run(_live, settings, listener, reporter)
+        trio.run(_live, settings, listener, reporter, door)
     except* MeshError as group:
         failed = [leaf for leaf in leaves(group) if isinstance(leaf, MeshError)]
     if failed:

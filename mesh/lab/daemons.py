@@ -284,6 +284,8 @@ class Surroundings:
             "CA_DIR": str(self.run / "istiod" / "ca"),
             "XDS_PORT": str(XDS_PORT),
             "MONITORING_PORT": str(CONTROLLER_MONITORING_PORT),
+            # Waypoints are pods as any other, run by what runs the lab.
+            "WAYPOINT_COMMAND": f"{shlex.quote(self.python)} -m waypoint",
         }
         ready = fetch.Target("127.0.0.1", CONTROLLER_MONITORING_PORT, net)
         return self._spec("istiod", "istiod_lite", "", variables, place, (ready, "/ready"))

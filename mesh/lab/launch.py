@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mesh.errors import ConfigError, KernelError, MeshError, Unavailable
-from mesh.lab import control
+from mesh.lab import control, door
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -58,6 +58,7 @@ class LabSettings:
     (`istiod`, `netconfig`, `ztunnel`) or by daemon on a node (`ztunnel@node1`, which wins):
     another program's argv, and variables added to the daemon's own. `rootless` asks for a user
     namespace (None: exactly when the caller is not root). `detach` lets the lab outlive its caller.
+    `outside`: one address of the caller's network, which nodes reach at that port of loopback.
     """
 
     directory: Path
@@ -68,6 +69,7 @@ class LabSettings:
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rootless: bool | None = None
     detach: bool = False
+    outside: tuple[str, int] | None = None
 
     def to_json(self) -> str:
         """The settings for the supervisor's environment."""
@@ -81,6 +83,7 @@ class LabSettings:
                 "environment": {key: dict(value) for key, value in self.environment.items()},
                 "rootless": self.rootless,
                 "detach": self.detach,
+                "outside": self.outside,
             }
         )
 
@@ -89,6 +92,7 @@ class LabSettings:
         """The inverse of `to_json`."""
         data = json.loads(text)
         data["directory"] = Path(data["directory"])
+        data["outside"] = tuple(data["outside"]) if data["outside"] else None
         data["replace"] = {key: tuple(argv) for key, argv in data["replace"].items()}
         return cls(**data)
 
@@ -278,6 +282,7 @@ class _Child:
         self.settings = settings
         self.listener = listener
         self.report = report
+        self.door: socket.socket | None = None
         self.rootless = os.getuid() != 0 if settings.rootless is None else settings.rootless
 
     def keep(self) -> NoReturn:
@@ -285,6 +290,9 @@ class _Child:
         try:
             if self.settings.detach:
                 os.setsid()
+            if self.settings.outside is not None:
+                # Before the namespaces: the first child after them is the lab.
+                self.door = door.leave_behind(*self.settings.outside)
             self._outer_namespaces()
             if not self.settings.detach:
                 _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -295,6 +303,8 @@ class _Child:
                 self._become_supervisor()
             self.listener.close()
             os.close(self.report)
+            if self.door is not None:
+                self.door.close()
             if self.settings.detach:
                 # Whoever reads the caller's output to its end must not wait for the lab's.
                 let_go_of_terminal()
@@ -340,6 +350,9 @@ class _Child:
             environment[LISTENER_ENVIRONMENT] = str(self.listener.fileno())
             environment[REPORT_ENVIRONMENT] = str(self.report)
             environment[SETTINGS_ENVIRONMENT] = self.settings.to_json()
+            if self.door is not None:
+                environment[door.ENVIRONMENT] = str(self.door.fileno())
+                os.set_inheritable(self.door.fileno(), True)
             os.set_inheritable(self.listener.fileno(), True)
             os.set_inheritable(self.report, True)
             argv = [sys.executable, "-m", "mesh.lab"]

@@ -59,6 +59,7 @@ class Live:
         self._changed = changed
         self._pods_changed = pods_changed
         self._applied: dict[Ref, Object] = {}
+        self._holders: dict[str, Ref] = {}
 
     async def watch(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow what others write to the directory. Never returns."""
@@ -69,13 +70,11 @@ class Live:
                         if self.objects.get(ref) != obj:
                             # Events may lag behind our own writes; the file is the truth.
                             current = await self.cluster.get(ref)
-                            if current is not None and self.objects.get(ref) != current:
-                                self.objects[ref] = current
-                                self._changed(ref)
+                            if current is not None:
+                                self._put(ref, current)
                     case Deleted(ref=ref):
                         if ref in self.objects and await self.cluster.get(ref) is None:
-                            del self.objects[ref]
-                            self._changed(ref)
+                            self._drop(ref)
                     case Fault():
                         pass  # somebody writes the directory past us; nothing of ours is lost
                     case _:
@@ -141,10 +140,9 @@ class Live:
     def _admit(self, ref: Ref, obj: Object, source: Source | None) -> None:
         """Refuse a Service as the API server would, before anybody sees it. Raises ConfigError."""
         holders = {
-            ip: (other.namespace, other.name)
-            for other, live in self.objects.items()
-            if other.kind == "Service" and other != ref
-            for ip in _cluster_ips(live)
+            ip: (holder.namespace, holder.name)
+            for ip in _cluster_ips(obj)
+            if (holder := self._holders.get(ip, ref)) != ref
         }
         try:
             plan_service(obj, None, ClusterIps(holders))
@@ -176,8 +174,7 @@ class Live:
     async def delete(self, ref: Ref) -> None:
         """Remove an object; gone already is fine."""
         await self.cluster.delete(ref)
-        if self.objects.pop(ref, None) is not None:
-            self._changed(ref)
+        self._drop(ref)
 
     async def ensure_namespace(self, name: str, why: str = "") -> None:
         """Make a namespace that something needs and nobody wrote."""
@@ -218,8 +215,24 @@ class Live:
 
     def _put(self, ref: Ref, obj: Object) -> None:
         if self.objects.get(ref) != obj:
+            self._release(ref)
             self.objects[ref] = obj
+            if ref.kind == "Service":
+                self._holders |= dict.fromkeys(_cluster_ips(obj), ref)
             self._changed(ref)
+
+    def _drop(self, ref: Ref) -> None:
+        if ref in self.objects:
+            self._release(ref)
+            del self.objects[ref]
+            self._changed(ref)
+
+    def _release(self, ref: Ref) -> None:
+        """Give up the cluster IPs that a live Service holds."""
+        if ref.kind == "Service":
+            for ip in _cluster_ips(self.objects.get(ref, {})):
+                if self._holders.get(ip) == ref:
+                    del self._holders[ip]
 
 
 def _cluster_ips(service: Object) -> list[str]:

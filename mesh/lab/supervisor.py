@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mesh.errors import ConfigError, MeshError
 from mesh.lab import dns, topology, workloads
 from mesh.lab.ambient import READY_SECONDS, ROOT_CERTIFICATE, Ambient, program_path
 from mesh.lab.checks import Checks
+from mesh.lab.doorway import Doorway
 from mesh.lab.kernel import Kernel
 from mesh.lab.kubelet import Host, PodRunner
 from mesh.lab.launch import LabSettings
@@ -46,12 +48,18 @@ class Supervisor:
     """One running lab. `state` is what it knows."""
 
     def __init__(
-        self, settings: LabSettings, run: Path, hide: str, environ: Mapping[str, str]
+        self,
+        settings: LabSettings,
+        run: Path,
+        hide: str,
+        environ: Mapping[str, str],
+        door: socket.socket | None = None,
     ) -> None:
         speaker = Speaker(run / "logs" / "lab.log")
         live = Live(run / "cluster", self._on_live_change, self._ask_replan)
         self.state = LabState(settings, run, hide, speaker, live, Kernel())
         self._environ = environ
+        self._doorway = Doorway(door) if door is not None else None
         self._ambient = Ambient(self.state, environ)
         self._deleted: set[str] = set()
         self._said_faults: set[str] = set()
@@ -113,6 +121,8 @@ class Supervisor:
         for node in state.plan.nodes:
             net = state.kernel.add_node(node)
             await services.start(dns.serve_names, net, lambda: state.zone)
+            if self._doorway is not None and state.settings.outside is not None:
+                services.start_soon(self._doorway.serve, net, state.settings.outside[1])
         self._host = self._make_host(logs)
         await self._ambient.write_objects()
         self._pods = await services.start(_open_nursery)

@@ -16,6 +16,7 @@ from typing import Literal
 from mesh.model.route import DEFAULT_BACKEND, BackendSettings, Route
 
 OnFailure = Literal["Allow", "Deny"]
+L7Action = Literal["ALLOW", "DENY", "AUDIT", "CUSTOM"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class L7Authorization:
 
     namespace: str
     name: str
-    action: Literal["ALLOW", "DENY", "AUDIT", "CUSTOM"] = "ALLOW"
+    action: L7Action = "ALLOW"
     rules: tuple[L7Rule, ...] = ()
     is_dry_run: bool = False
     provider: ExternalAuthorizer | None = None
@@ -140,6 +141,7 @@ class RequestAuthentication:
 class RequestCondition:
     """Which requests a rate limit or redaction concerns: set fields AND'ed, values OR'ed, in the
     syntax of AuthorizationPolicy strings; `headers` are name and value (`*`: present).
+    `route_rules` are `namespace/name` of a route, or `namespace/name/rule` with the rule's name.
     """
 
     methods: tuple[str, ...] = ()

@@ -278,11 +278,15 @@ def readiness_app(readiness: Readiness, path: str = "/healthz/ready") -> AdminAp
     return app
 
 
-def metrics_app(registry: CollectorRegistry) -> AdminApp:
-    """What Prometheus scrapes: `/metrics` and `/stats/prometheus`."""
+def metrics_app(registry: CollectorRegistry, count: Callable[[], None] = lambda: None) -> AdminApp:
+    """What Prometheus scrapes: `/metrics` and `/stats/prometheus`.
+
+    `count` is called before, in the event loop: there it may look at what lives there.
+    """
     app = AdminApp("metrics")
 
     async def scrape(request: Request) -> Response:
+        count()
         accept = request.headers.get("accept", "")
         body, content_type = await trio.to_thread.run_sync(
             partial(metrics.render, registry, accept)
@@ -308,7 +312,7 @@ def admin_app(name: str, shutdown: lifecycle.Shutdown) -> AdminApp:
             except ValueError as exc:
                 raise ConfigError(str(exc), field="level") from exc
         elif "reset" in request.query:
-            log.set_level("info")
+            log.reset_level()
         return Response.text(f"current log level is {log.level_text()}")
 
     async def quit_now(_request: Request) -> Response:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -43,6 +44,7 @@ class _Setting:
     flag: str | None
     doc: str
     choices: tuple[str, ...]
+    is_secret: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,9 @@ class Resolved(Generic[T]):
 
     def describe(self) -> str:
         """What `--print-config` prints: `name = value  # origin`, one field a line."""
+        values = shown(self.config)
         lines = [
-            (f"{name} = {_show(getattr(self.config, name))}", str(origin))
+            (f"{name} = {_show(values[name])}", str(origin))
             for name, origin in self.origins.items()
         ]
         width = max((len(text) for text, _ in lines), default=0)
@@ -94,14 +97,16 @@ def setting(
     doc: str,
     flag: str | None = None,
     choices: Sequence[str] = (),
+    is_secret: bool = False,
 ) -> Any:
     """A field of a daemon's configuration; without `default` it is required.
 
     `env` names one variable or several, of which the first that is set wins. `flag` is the
-    name without dashes, by default the field's name in kebab case.
+    name without dashes, by default the field's name in kebab case. What `is_secret` is never
+    printed.
     """
     names = (env,) if isinstance(env, str) else tuple(env)
-    metadata = {_KEY: _Setting(names, flag, doc, tuple(choices))}
+    metadata = {_KEY: _Setting(names, flag, doc, tuple(choices), is_secret)}
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
@@ -162,6 +167,14 @@ def describe(cls: type[Any]) -> list[SettingDoc]:
     ]
 
 
+def shown(config: Any) -> dict[str, Any]:
+    """The values by name, in place of secrets that they are set."""
+    return {
+        name: "[set]" if one.setting.is_secret and getattr(config, name) else getattr(config, name)
+        for name, one in _fields(type(config)).items()
+    }
+
+
 def has_settings(cls: type[Any]) -> bool:
     """Whether `cls` is a configuration: a dataclass with a field made by `setting`."""
     return dataclasses.is_dataclass(cls) and any(
@@ -203,7 +216,9 @@ def _fields(cls: type[Any]) -> dict[str, _Field]:
         raise TypeError(f"{cls.__name__} is not a dataclass")
     hints = typing.get_type_hints(cls)
     found: dict[str, _Field] = {}
-    for one in dataclasses.fields(cls):
+    # What a daemon says itself comes before what it inherits.
+    own = inspect.get_annotations(cls)
+    for one in sorted(dataclasses.fields(cls), key=lambda each: each.name not in own):
         if _KEY not in one.metadata:
             raise TypeError(f"{cls.__name__}.{one.name} is not declared with setting()")
         found[one.name] = _Field(hints[one.name], one.default, one.metadata[_KEY])
@@ -368,7 +383,7 @@ def _parse(raw: str | list[str], kind: Any, name: str, choices: tuple[str, ...])
         return tuple(part.strip() for part in raw.split(",") if part.strip())
     value = _parse_scalar(raw, kind, name)
     if choices and value not in choices:
-        raise ValueError(f"{raw!r} is not one of {', '.join(choices)}")
+        raise ValueError(f"{raw!r} is not one of {', '.join(filter(None, choices))}")
     return value
 
 

@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import trio
@@ -91,14 +91,14 @@ def start(
     (`json` or `plain`) of the configuration are used where they exist.
     """
     try:
-        config = settings.load(cls, sys.argv[1:], os.environ)
+        resolved = settings.resolve(cls, sys.argv[1:], os.environ)
+        config = resolved.config
+        _start_log(config, resolved.origins)
     except settings.Shown as shown:
         sys.stdout.write(f"{shown}\n")
         return EXIT_OK
     except MeshError as exc:
         return _report_failure(name, exc)
-    log_format = getattr(config, "log_format", "") or ("plain" if sys.stderr.isatty() else "json")
-    log.configure(json=log_format == "json", level=getattr(config, "log_level", "info"))
     _settle_memory()
     shutdown = Shutdown()
     seconds = grace_seconds(config) if callable(grace_seconds) else grace_seconds
@@ -108,6 +108,15 @@ def start(
         shutdown=shutdown,
         grace_seconds=seconds,
     )
+
+
+def _start_log(config: object, origins: Mapping[str, settings.Origin]) -> None:
+    """Raises ConfigError, by the name that the level was given under."""
+    log_format = getattr(config, "log_format", "") or ("plain" if sys.stderr.isatty() else "json")
+    try:
+        log.configure(json=log_format == "json", level=getattr(config, "log_level", "info"))
+    except ValueError as exc:
+        raise ConfigError(str(exc), field=origins["log_level"].name or "log_level") from exc
 
 
 def _settle_memory() -> None:

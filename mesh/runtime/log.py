@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TextIO
 
 import trio
@@ -40,6 +40,7 @@ _SECRET_KEY = re.compile(
 LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40, "off": 100}
 
 _levels: dict[str, int] = {"": LEVELS["info"]}
+_configured = ["info"]
 # json.dumps makes an encoder for every call that asks for anything special.
 _to_json = json_module.JSONEncoder(default=str, ensure_ascii=False).encode
 
@@ -52,6 +53,7 @@ def configure(*, json: bool, level: str = "info", stream: TextIO | None = None) 
     `level` is one of LEVELS, or `level,scope=level,...`. Raises ValueError.
     """
     set_level(level)
+    _configured[:] = [level]
     renderer: Any = (
         structlog.processors.JSONRenderer(default=str, ensure_ascii=False)
         if json
@@ -91,6 +93,11 @@ def set_level(text: str) -> None:
         levels[name] = LEVELS[level.lower()]
     _levels.clear()
     _levels.update(levels)
+
+
+def reset_level() -> None:
+    """The levels as they were configured."""
+    set_level(_configured[0])
 
 
 def level_text() -> str:
@@ -159,13 +166,15 @@ class AccessLog:
         self._lines: list[bytes] = []
         self._size = 0
         self._wake = trio.Event()
+        self._second = -1
+        self._second_ends = datetime.min.replace(tzinfo=UTC)
+        self._second_text = ""
         self.recorded = 0
         self.dropped = 0
 
     def record(self, fields: Mapping[str, object]) -> None:
         """Queue one line, with `time` and `scope` added; drops it when the buffer is full."""
-        now = datetime.now(tz=UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = _to_json({"time": now, "scope": "access", **fields})
+        line = _to_json({"time": self._now(), "scope": "access", **fields})
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         if self._size + len(data) > self._limit:
             self.dropped += 1
@@ -174,6 +183,15 @@ class AccessLog:
         self._lines.append(data)
         self._size += len(data)
         self._wake.set()
+
+    def _now(self) -> str:
+        """The time in milliseconds (RFC 3339); the seconds' text is made once a second."""
+        now = datetime.now(tz=UTC)
+        if now.second != self._second or now >= self._second_ends:
+            self._second = now.second
+            self._second_ends = now + timedelta(seconds=1)
+            self._second_text = now.isoformat()[:19]
+        return f"{self._second_text}.{now.microsecond // 1000:03d}Z"
 
     async def run(self) -> None:
         """Write out what was recorded. If cancelled: flushes, for at most `flush_seconds`."""

@@ -37,6 +37,7 @@ OVERFLOW = "overflow"
 MAX_LABEL_SETS = 1000
 IDLE_SECONDS = 900.0
 LAG_INTERVAL_SECONDS = 0.5
+LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +256,24 @@ class XdsMetrics:
             ["url"],
             registry=registry,
         )
+        self._connected = Gauge(
+            "ambit_xds_connected", "1 while the control plane is connected", registry=registry
+        )
+        age = Gauge(
+            "ambit_xds_age_seconds",
+            "Seconds since the control plane said anything; since the start before that",
+            registry=registry,
+        )
+        self._heard = time.monotonic()
+        age.set_function(lambda: time.monotonic() - self._heard)
+
+    def connected(self) -> None:
+        """A connection to the control plane is open."""
+        self._connected.set(1)
 
     def terminated(self, reason: TerminationReason) -> None:
-        """The connection to the control plane ended."""
+        """The connection to the control plane ended, or could not be opened."""
+        self._connected.set(0)
         self._terminations.labels(reason).inc()
 
     def message(self, url: str, size_bytes: int) -> None:
@@ -265,6 +281,7 @@ class XdsMetrics:
         self._messages.labels(url).inc()
         self._bytes.labels(url).inc(size_bytes)
         self._last.labels(url).set_to_current_time()
+        self._heard = time.monotonic()
 
     def rejected(self, url: str) -> None:
         """One response was answered with NACK."""
@@ -349,7 +366,12 @@ async def watch_loop_lag(
     registry: CollectorRegistry, *, interval_seconds: float = LAG_INTERVAL_SECONDS
 ) -> None:
     """Publish how late the event loop wakes a sleeper, in seconds. If cancelled: ends."""
-    lag = Gauge("ambit_event_loop_lag_seconds", "Latest lateness of a timer", registry=registry)
+    lag = Histogram(
+        "ambit_event_loop_lag_seconds",
+        "How late timers are",
+        buckets=LAG_BUCKETS,
+        registry=registry,
+    )
     worst = Gauge(
         "ambit_event_loop_lag_max_seconds", "Worst lateness since the start", registry=registry
     )
@@ -359,7 +381,7 @@ async def watch_loop_lag(
         await trio.sleep_until(due)
         late = max(0.0, trio.current_time() - due)
         highest = max(highest, late)
-        lag.set(late)
+        lag.observe(late)
         worst.set(highest)
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, Protocol, assert_never
 
 import trio
 
+from mesh import __version__
 from mesh.errors import ConfigError, LocalProtocolError, MeshError
 from mesh.grpc.client import Channel, ClientStream
 from mesh.grpc.codec import Code, GrpcError, Method
@@ -63,8 +64,12 @@ class ResourceStore(Protocol):
 class Observer(Protocol):
     """Counts what happens, as `mesh.runtime.metrics.XdsMetrics` does."""
 
+    def connected(self) -> None:
+        """A connection is open."""
+        ...
+
     def terminated(self, reason: Reason) -> None:
-        """A connection ended."""
+        """A connection ended, or could not be opened."""
         ...
 
     def message(self, url: str, size_bytes: int) -> None:
@@ -80,7 +85,8 @@ class Observer(Protocol):
 class NodeInfo:
     """Who dials: the pod of a node proxy, its address and node.
 
-    `metadata` is added to the four standard fields (values: strings, or parsed JSON).
+    `metadata` is added to the four standard fields and our version (values: strings, or parsed
+    JSON).
     """
 
     pod_name: str
@@ -102,6 +108,7 @@ class NodeInfo:
                 "NAMESPACE": self.namespace,
                 "INSTANCE_IPS": ",".join(self.addresses),
                 "NODE_NAME": self.node_name,
+                "AMBIT_VERSION": __version__,
                 **self.metadata,
             }
         )
@@ -157,6 +164,8 @@ async def run_xds(
         try:
             async with channel_factory() as channel:
                 is_connected = True
+                if observer is not None:
+                    observer.connected()
                 report("xds_connected", {})
                 await shell.converse(channel)
         except MeshError as exc:

@@ -3,15 +3,21 @@
     python tests/bench/bench_tunnel.py [--repeat 7] [--quick] [--beside CHECKOUT] [-o json]
 
 The ztunnels are the lab's: an enrolled client pod on node1, an enrolled server pod on node2, with
-capture, policy, metrics and access log. The Envoys (tcp_proxy with CONNECT to a CONNECT
-terminator, mutual TLS 1.3, --concurrency 1) carry bytes between two pods outside of the mesh on the
-same nodes, and do nothing else. `--beside` adds the ztunnel of another checkout on two more nodes,
-for before and after. The load (load.py) runs in the pods.
+everything that a user runs with: transparent capture, lookup, policy, metrics, access log, and the
+application dialled from the caller's address. `envoy` is tcp_proxy with CONNECT to a CONNECT
+terminator (mutual TLS 1.3, --concurrency 1) with its access log and the RBAC filter, in two pods
+outside of the mesh on the same nodes, under the same nftables rules as the ztunnels' pods: its
+client pod's connections are redirected to it, connection tracking is on in both. It looks nothing
+up, does not preserve the caller's address, and has one destination. `bare` is the same Envoy
+without any rules, dialled directly. `--beside` adds the ztunnel of another checkout on two more
+nodes. The load (load.py) runs in the pods, and first compares contents.
 
 Each repetition runs every workload once for each of them, in turn; ratios are medians of the
-repetitions' own ratios. Proxies, load and sink share this machine's processors, so throughput says
-less than processor time (utime + stime of both proxies, /proc). The lab and everything in it end
-with this process, however it ends.
+repetitions' own ratios, to `envoy` (in `ratios_to_bare` to `bare`). up1 up8 down1 down8 are bulk
+over that many streams, pp is 64 bytes there and back, cr1 and cr32 connect, ask once and close,
+idle is 1000 open connections, mix is pp beside an upload. Proxies, load and sink share this
+machine's processors, so throughput says less than processor time (utime + stime of both proxies,
+/proc). Everything is kept in .bench/tunnel.json. The lab ends with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -23,21 +29,29 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mesh.lab.control import LabClient
+from mesh.lab.control import Completed, LabClient
 from mesh.lab.launch import LabSettings, start
+from mesh.sockets import HBONE_PORT, OUTBOUND_PORT, PROXY_MARK
+from netconfig.ruleset import Capture, for_pod
 from tests.support.certs import make_ca
 from tests.support.envoy import terminating_server, tunnelling_client
 
 # A namespace of the mesh, and the nodes of its client and server.
 PAIRS = (("ztunnel", "node1", "node2"), ("beside", "node3", "node4"))
-SINK_PORT, ENTRY_PORT, HBONE_PORT = 9000, 9001, 15008
+# The namespaces of the Envoys, with and without an enrolled pod's rules.
+ENVOYS = ("envoy", "bare")
+SINK_PORT = 9000
 TICKS = os.sysconf("SC_CLK_TCK")
 MARKER = "ambient.istio.io/redirection"
 LOAD = str(Path(__file__).with_name("load.py"))
+HELD = 1000
+RESULTS = Path(__file__).parents[2] / ".bench" / "tunnel.json"
 # What ends just after the load does still counts: closing connections, writing the access log.
 SETTLE_SECONDS = 0.15
 
@@ -45,7 +59,7 @@ PLAIN = """\
 ---
 apiVersion: v1
 kind: Namespace
-metadata: {name: plain}
+metadata: {{name: {name}}}
 """
 MESH = """\
 ---
@@ -85,40 +99,39 @@ spec:
 
 @dataclass(frozen=True)
 class Workload:
-    """What load.py is asked for, and how its answer is read."""
+    """What load.py is asked for; `amount` (bytes in GB, connections in thousands) is what processor
+    time is divided by, and `per` the name of the quotient.
+    """
 
     name: str
     words: tuple[str, ...]
-    unit: str
-    per: str
-    scale: float
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        """The numbers it gives."""
-        if self.words[0] == "pingpong":
-            return ("p50 us", "p99 us")
-        return (self.unit, self.per)
+    per: str = ""
+    amount: float = 0.0
 
 
 def workloads(quick: bool) -> list[Workload]:
     """All of them; a repetition takes about a second for each row and proxy."""
     size, trips, conns = (100, 800, 300) if quick else (500, 3000, 2000)
-    amount = str(size * 1_000_000)
 
     def bulk(way: str, streams: int) -> Workload:
-        return Workload(f"{way} {streams}", (way, str(streams), amount), "MB/s", "s/GB", 1e6)
+        words = (way, str(streams), str(size * 1_000_000))
+        return Workload(f"{way}{streams}", words, "cpu_per_gb", size / 1000)
 
     def conn(count: int, at_once: int) -> Workload:
         words = ("connect", str(count), str(at_once))
-        return Workload(f"connect {at_once}", words, "conn/s", "s/1000", 1.0)
+        return Workload(f"cr{at_once}", words, "cpu_per_1000", count / 1000)
 
     return [
         *(bulk(way, streams) for streams in (1, 8) for way in ("up", "down")),
-        Workload("ping-pong", ("pingpong", str(trips)), "", "", 1.0),
-        conn(conns // 4, 1),
+        Workload("pp", ("pingpong", str(trips))),
+        conn(conns // 2, 1),
         conn(conns, 32),
+        Workload("idle", ("idle", str(HELD), "1")),
+        Workload("mix", ("mix", str(trips))),
     ]
+
+
+CHECK = Workload("check", ("check", "4000000"))
 
 
 @dataclass
@@ -141,36 +154,59 @@ class Contender:
         return total / TICKS
 
     def memory(self) -> float:
-        """Resident memory of the larger of its processes, in MiB."""
-        sizes = [0.0]
-        for pid in self.pids:
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmRSS:"):
-                    sizes.append(int(line.split()[1]) / 1024)
-        return max(sizes)
+        """Resident memory of the proxy on the client's side, in MiB."""
+        for line in Path(f"/proc/{self.pids[0]}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+        raise SystemExit(f"{self.name}: its proxy has ended")
 
 
 def measure(client: LabClient, contender: Contender, work: Workload) -> None:
     """Run `work` once and keep its numbers."""
     namespace, _, pod = contender.pod.partition("/")
-    argv = [sys.executable, "-S", LOAD, work.words[0], contender.host, str(contender.port)]
+    words = [work.words[0], contender.host, str(contender.port), *work.words[1:]]
     before = contender.processor_seconds()
-    done = client.run(namespace, pod, [*argv, *work.words[1:]])
-    if done.code:
-        raise SystemExit(f"{contender.name}, {work.name}: {done.stderr.decode().strip()[-300:]}")
+    done: list[Completed] = []
+
+    def run() -> None:
+        done.append(client.run(namespace, pod, [sys.executable, "-S", LOAD, *words]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    most = 0.0
+    while thread.is_alive():
+        thread.join(0.1)
+        if contender.pids and work.name == "idle":
+            most = max(most, contender.memory())
+    if not done or done[0].code:
+        error = done[0].stderr.decode().strip()[-300:] if done else "not run"
+        raise SystemExit(f"{contender.name}, {work.name}: {error}")
     time.sleep(SETTLE_SECONDS)
     used = contender.processor_seconds() - before
-    said = json.loads(done.stdout)
-    if work.words[0] == "pingpong":
-        numbers = {"p50 us": said["p50"], "p99 us": said["p99"]}
-    else:
-        amount = said.get("bytes", said.get("connections")) / work.scale
-        numbers = {work.unit: amount / said["seconds"]}
-        if contender.pids:
-            numbers[work.per] = used / amount * 1000
+    numbers = figures(work, json.loads(done[0].stdout))
+    if contender.pids and work.amount:
+        numbers[work.per] = used / work.amount
+    if most:
+        numbers["rss"] = most
     kept = contender.results.setdefault(work.name, {})
     for name, value in numbers.items():
         kept.setdefault(name, []).append(value)
+
+
+def figures(work: Workload, said: dict[str, float]) -> dict[str, float]:
+    """What load.py's answer means: MB/s, connections per second, microseconds."""
+    match work.words[0]:
+        case "up" | "down":
+            return {"throughput": said["bytes"] / said["seconds"] / 1e6}
+        case "connect":
+            return {"rate": said["connections"] / said["seconds"]}
+        case "pingpong":
+            return {"p50": said["p50"], "p99": said["p99"]}
+        case "mix":
+            bulk = said["bytes_per_second"] / 1e6
+            return {"p50": said["p50"], "p99": said["p99"], "throughput": bulk}
+        case _:
+            return {}
 
 
 # ---- the lab
@@ -207,27 +243,58 @@ def pod(name: str, namespace: str, node: str, *containers: dict[str, object]) ->
 
 
 def write_lab(directory: Path, files: Path, beside: bool) -> None:
-    """Everything but the client Envoy, which must know an address first."""
+    """Everything but the client Envoys, which must know an address first."""
     ca = make_ca()
     for name in ("client", "server"):
         ca.issue(f"spiffe://cluster.local/ns/plain/sa/{name}").write(files, name)
     server = files / "server.yaml"
-    server.write_text(terminating_server(files, "server", HBONE_PORT, SINK_PORT, "0.0.0.0"))
-    text = PLAIN + pod("server", "plain", "node2", sink_container(), envoy_container(server))
+    admits = "spiffe://cluster.local/ns/plain/sa/client"
+    server.write_text(
+        terminating_server(
+            files, "server", HBONE_PORT, SINK_PORT, "0.0.0.0", logs=True, admits=admits
+        )
+    )
+    text = ""
+    for namespace in ENVOYS:
+        text += PLAIN.format(name=namespace)
+        text += pod("server", namespace, "node2", sink_container(), envoy_container(server))
     for name, dialling, serving in PAIRS[: 1 + beside]:
         text += MESH.format(name=name) + pod("client", name, dialling)
         text += pod("server", name, serving, sink_container())
     (directory / "pods.yaml").write_text(text)
 
 
-def add_envoy_client(client: LabClient, directory: Path, files: Path) -> None:
-    """The Envoy that dials, once its peer has an address."""
-    config = files / "client.yaml"
-    peer = address(client, "plain", "server")
-    authority = f"{peer}:{SINK_PORT}"
-    config.write_text(tunnelling_client(files, "client", ENTRY_PORT, HBONE_PORT, authority, peer))
-    text = pod("client", "plain", "node1", envoy_container(config))
+def add_envoy_clients(client: LabClient, directory: Path, files: Path) -> None:
+    """The Envoys that dial, once their peers have an address."""
+    text = ""
+    for namespace in ENVOYS:
+        peer = address(client, namespace, "server")
+        config = files / f"{namespace}.yaml"
+        config.write_text(
+            tunnelling_client(
+                files,
+                "client",
+                OUTBOUND_PORT,
+                HBONE_PORT,
+                f"{peer}:{SINK_PORT}",
+                peer,
+                listen_host="0.0.0.0",
+                logs=True,
+                mark=PROXY_MARK,
+            )
+        )
+        text += pod("client", namespace, "node1", envoy_container(config))
     (directory / "envoy.yaml").write_text(text)
+
+
+def capture_envoys(client: LabClient) -> None:
+    """The rules of an enrolled pod, for Envoy: the client's connections are redirected to it."""
+    rules = for_pod(Capture(dns=False, inbound=False))
+    program = f"from netconfig import nft; nft.run({rules!r})"
+    for name in ("client", "server"):
+        done = client.run("envoy", name, [sys.executable, "-c", program])
+        if done.code:
+            raise SystemExit(f"no rules in envoy/{name}: {done.stderr.decode()[-300:]}")
 
 
 def address(client: LabClient, namespace: str, name: str) -> str:
@@ -237,7 +304,7 @@ def address(client: LabClient, namespace: str, name: str) -> str:
 
 
 def settled(client: LabClient, namespaces: list[str]) -> bool:
-    """Whether client and server run in each namespace, captured but for those in `plain`."""
+    """Whether client and server run in each namespace, captured but for the Envoys'."""
     for namespace in namespaces:
         pods = client.get("Pod", namespace)
         for each in pods:
@@ -245,15 +312,17 @@ def settled(client: LabClient, namespaces: list[str]) -> bool:
             if not all(one.get("ready") for one in states):
                 return False
             marker = each["metadata"].get("annotations", {}).get(MARKER)
-            if namespace != "plain" and marker != "enabled":
+            if namespace not in ENVOYS and marker != "enabled":
                 return False
         if len(pods) != 2:
             return False
     return True
 
 
-def processes(lab: int) -> dict[str, list[int]]:
-    """The proxies below the lab's process: `envoy`, and each node's ztunnel by the node's name."""
+def processes(lab: int) -> dict[str, int]:
+    """The proxies below the lab's process: ztunnels by their node, Envoys by their configuration
+    and, as two share one, by their pod's address.
+    """
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -261,62 +330,88 @@ def processes(lab: int) -> dict[str, list[int]]:
         except OSError:
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))
-    found: dict[str, list[int]] = {}
+    found: dict[str, int] = {}
     queue = [lab]
     while queue:
         pid = queue.pop()
         queue += children.get(pid, [])
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         if words[0].endswith("/envoy"):
-            found.setdefault("envoy", []).append(pid)
+            found[f"{Path(words[2]).stem} {_addresses_of(pid)}"] = pid
         elif "ztunnel" in words:
             variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
             node = next(each[10:] for each in variables if each.startswith("NODE_NAME="))
-            found.setdefault(node, []).append(pid)
+            found[node] = pid
     return found
+
+
+def _addresses_of(pid: int) -> str:
+    """The IPv4 addresses in a process's network namespace."""
+    lines = Path(f"/proc/{pid}/net/fib_trie").read_text().splitlines()
+    local = {lines[at - 1].split()[-1] for at, line in enumerate(lines) if "32 host LOCAL" in line}
+    return " ".join(sorted(local - {"127.0.0.1"}))
 
 
 # ---- numbers
 
 
-def summarize(contenders: list[Contender], works: list[Workload]) -> dict[str, object]:
-    """Medians, and ratios to Envoy of the same repetition."""
-    rows: list[dict[str, object]] = []
-    envoy = next(each for each in contenders if each.name == "envoy")
-    for work in works:
-        for value in work.values:
-            row: dict[str, object] = {"workload": work.name, "value": value}
-            for each in contenders:
-                got = each.results[work.name].get(value)
-                if got is None:
-                    continue
-                row[each.name] = round(statistics.median(got), 4)
-                if each is not envoy and each.name != "direct":
-                    theirs = envoy.results[work.name][value]
-                    pairs = [a / b for a, b in zip(got, theirs, strict=True) if b]
-                    if pairs:
-                        row[f"{each.name} x"] = round(statistics.median(pairs), 2)
-            rows.append(row)
-    memory = {each.name: round(each.memory(), 1) for each in contenders if each.pids}
-    return {"rows": rows, "rss_mib": memory}
+Numbers = dict[str, float]
 
 
-def show(summary: dict[str, object], contenders: list[Contender], repeat: int) -> None:
+def summarize(contenders: list[Contender], idle: Numbers) -> dict[str, object]:
+    """Medians by contender, and ratios of the ztunnels to each Envoy, of the same repetition."""
+    absolute = {
+        each.name: {
+            f"{work}.{value}": round(statistics.median(got), 4)
+            for work, values in each.results.items()
+            for value, got in values.items()
+        }
+        for each in contenders
+    }
+    for name, size in idle.items():
+        absolute[name]["rss_at_start"] = round(size, 1)
+    known = {each.name: each for each in contenders}
+    summary: dict[str, object] = {"absolute": absolute}
+    for ours, theirs, name in (
+        ("ztunnel", "envoy", "ratios"),
+        ("ztunnel", "bare", "ratios_to_bare"),
+        ("beside", "envoy", "ratios_of_beside"),
+    ):
+        if ours in known:
+            summary[name] = ratios(known[ours], known[theirs])
+    return summary
+
+
+def ratios(ours: Contender, theirs: Contender) -> Numbers:
+    """Medians of the repetitions' own ratios."""
+    found = {}
+    for work, values in ours.results.items():
+        for value, got in values.items():
+            pairs = zip(got, theirs.results[work][value], strict=True)
+            quotients = [a / b for a, b in pairs if b]
+            if quotients:
+                found[f"{work}.{value}"] = round(statistics.median(quotients), 3)
+    return found
+
+
+def show(summary: dict[str, Any], contenders: list[Contender], repeat: int) -> None:
     """The table for people."""
-    columns = ["direct", "envoy", "ztunnel", "ztunnel x"]
-    if any(each.name == "beside" for each in contenders):
-        columns += ["beside", "beside x"]
     print(f"medians of {repeat}; x: ratio to Envoy in the same repetition; CPU: both proxies")
-    print(f"{'workload':<12}{'':<8}" + "".join(f"{each:>11}" for each in columns))
-    for row in summary["rows"]:  # type: ignore[attr-defined]
-        cells = []
+    names = [each.name for each in contenders]
+    columns = [name for name in summary if name.startswith("ratios")]
+    heads = {"ratios": "x", "ratios_to_bare": "x bare", "ratios_of_beside": "beside x"}
+    wide = "".join(f"{each:>10}" for each in [*names, *(heads[each] for each in columns)])
+    print(f"{'':<18}{wide}")
+    for key in summary["absolute"]["ztunnel"]:
+        cells = [summary["absolute"][name].get(key) for name in names]
+        text = "".join(
+            f"{'-' if each is None else f'{each:.3f}' if each < 10 else f'{each:.0f}':>10}"
+            for each in cells
+        )
         for column in columns:
-            value = row.get(column)
-            digits = 2 if column.endswith(" x") else 3 if value is not None and value < 10 else 0
-            cells.append(f"{'-' if value is None else f'{value:.{digits}f}':>11}")
-        print(f"{row['workload']:<12}{row['value']:<8}" + "".join(cells))
-    for name, size in summary["rss_mib"].items():  # type: ignore[attr-defined]
-        print(f"{'memory':<12}{'MiB':<8}{name:>22}{size:>11.1f}")
+            ratio = summary[column].get(key)
+            text += f"{'-' if ratio is None else f'{ratio:.2f}':>10}"
+        print(f"{key:<18}{text}")
 
 
 def main() -> None:
@@ -349,16 +444,18 @@ def main() -> None:
             )
         )
         try:
-            add_envoy_client(lab.client, directory, files)
+            add_envoy_clients(lab.client, directory, files)
             deadline = time.monotonic() + 60
-            namespaces = ["plain", *(name for name, _, _ in PAIRS[: 1 + beside])]
+            namespaces = [*ENVOYS, *(name for name, _, _ in PAIRS[: 1 + beside])]
             while not settled(lab.client, namespaces):
                 if time.monotonic() > deadline:
                     raise SystemExit(f"the lab did not settle: {lab.client.status()}")
                 time.sleep(0.1)
+            capture_envoys(lab.client)
             contenders = line_up(lab.client, lab.pid, beside)
+            at_start = {each.name: each.memory() for each in contenders if each.pids}
             for each in contenders:  # warm-up: tunnels are dialled, certificates fetched
-                for work in workloads(quick=True):
+                for work in (CHECK, *workloads(quick=True)[:-2]):
                     measure(lab.client, each, work)
                 each.results.clear()
             for turn in range(repeat):
@@ -366,11 +463,14 @@ def main() -> None:
                     first = turn % len(contenders)
                     for each in contenders[first:] + contenders[:first]:
                         measure(lab.client, each, work)
-            summary = summarize(contenders, works)
+            summary = summarize(contenders, at_start)
         finally:
             lab.stop()
+    whole = {"repeat": repeat, "processors": os.cpu_count(), **summary}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
     if options.o == "json":
-        print(json.dumps({"repeat": repeat, "processors": os.cpu_count(), **summary}))
+        print(json.dumps(whole))
     else:
         show(summary, contenders, repeat)
 
@@ -378,14 +478,18 @@ def main() -> None:
 def line_up(client: LabClient, lab: int, beside: bool) -> list[Contender]:
     """Who is compared."""
     pids = processes(lab)
-    plain = address(client, "plain", "server")
-    found = [
-        Contender("direct", "plain/client", host=plain),
-        Contender("envoy", "plain/client", port=ENTRY_PORT, pids=pids["envoy"]),
-    ]
+    bare = address(client, "bare", "server")
+    found = [Contender("direct", "bare/client", host=bare)]
+    for name in ENVOYS:
+        host, own = address(client, name, "server"), address(client, name, "client")
+        theirs = [pids[f"{name} {own}"], pids[f"server {host}"]]
+        port = SINK_PORT
+        if name == "bare":
+            host, port = "127.0.0.1", OUTBOUND_PORT
+        found.append(Contender(name, f"{name}/client", host=host, port=port, pids=theirs))
     for name, dialling, serving in PAIRS[: 1 + beside]:
         server = address(client, name, "server")
-        theirs = pids[dialling] + pids[serving]
+        theirs = [pids[dialling], pids[serving]]
         found.append(Contender(name, f"{name}/client", host=server, pids=theirs))
     return found
 

@@ -4,6 +4,9 @@
     load.py up|down HOST PORT STREAMS BYTES  moves BYTES in all, over STREAMS connections
     load.py pingpong HOST PORT COUNT        64 bytes there and back, one connection
     load.py connect HOST PORT COUNT AT_ONCE connect, 64 bytes there and back, close
+    load.py mix HOST PORT COUNT             pingpong while one upload never ends
+    load.py idle HOST PORT COUNT SECONDS    that many connections, used once and held open
+    load.py check HOST PORT BYTES           random bytes there and back, compared
 
 One JSON object on stdout. Bulk bytes are sent from page cache (sendfile) and thrown away in the
 kernel (MSG_TRUNC), so that the processors belong to the proxies. The first byte of a connection
@@ -14,8 +17,10 @@ last word before it closes.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import select
+import signal
 import socket
 import struct
 import sys
@@ -25,6 +30,7 @@ from collections.abc import Callable
 PIECE = 1 << 18
 MESSAGE = b"E" * 64
 ORDER = struct.Struct("!cQ")
+COUNT = struct.Struct("!Q")
 _BUFFER = bytearray(PIECE)
 
 
@@ -125,9 +131,8 @@ class _Service:
                     return True
                 self._took(len(data) - ORDER.size)
                 return True
-        if self.wants == b"E":
-            self.sock.send(data)
-        return True
+        # The clients never have more under way than a socket's buffer takes.
+        return self.wants != b"E" or self.sock.send(data) == len(data)
 
     def _took(self, count: int) -> None:
         self.left -= count
@@ -221,6 +226,73 @@ def connect(host: str, port: int, count: int, at_once: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "connections": count}
 
 
+def mix(host: str, port: int, count: int) -> dict[str, float]:
+    """Round trips beside an upload, and how much of that there was."""
+    moved = mmap.mmap(-1, 8)
+    child = os.fork()
+    if not child:
+        _upload_for_ever(host, port, moved)
+    try:
+        begun = time.perf_counter()
+        while not COUNT.unpack_from(moved)[0]:
+            if time.perf_counter() - begun > 10:
+                _stalled()
+            time.sleep(0.01)
+        started, before = time.perf_counter(), COUNT.unpack_from(moved)[0]
+        result = pingpong(host, port, count)
+        seconds = time.perf_counter() - started
+        result["bytes_per_second"] = (COUNT.unpack_from(moved)[0] - before) / seconds
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return result
+
+
+def _upload_for_ever(host: str, port: int, moved: mmap.mmap) -> None:
+    sock = _connect(host, port)
+    sock.settimeout(30)
+    sock.send(ORDER.pack(b"U", 1 << 62))
+    sock.setblocking(True)
+    total = 0
+    while True:
+        total += _send(sock, PIECE)
+        COUNT.pack_into(moved, 0, total)
+
+
+def idle(host: str, port: int, count: int, seconds: int) -> dict[str, float]:
+    """Connections that have spoken once and stay."""
+    socks = []
+    for _ in range(count):
+        sock = _connect(host, port)
+        sock.send(MESSAGE)
+        if len(sock.recv(64)) != 64:
+            raise SystemExit("a connection ended without its answer")
+        socks.append(sock)
+    time.sleep(seconds)
+    return {"connections": len(socks)}
+
+
+def check(host: str, port: int, total: int) -> dict[str, float]:
+    """Whether what comes back is what was sent."""
+    sock = _connect(host, port)
+    sock.settimeout(30)
+    done = 0
+    while done < total:
+        sent = b"E" + os.urandom(1 + (done * 7919) % 60_000)
+        sock.sendall(sent)
+        heard = bytearray()
+        while len(heard) < len(sent):
+            piece = sock.recv(1 << 16)
+            if not piece:
+                raise SystemExit(f"ended after {done + len(heard)} bytes")
+            heard += piece
+        if bytes(heard) != sent:
+            raise SystemExit(f"other bytes came back than were sent, after {done}")
+        done += len(sent)
+    sock.close()
+    return {"bytes": done}
+
+
 def main(words: list[str]) -> None:
     """Run what `words` say."""
     what, host, port = words[0], words[1], int(words[2])
@@ -233,6 +305,9 @@ def main(words: list[str]) -> None:
         print(json.dumps(pingpong(host, port, *numbers)))
     elif what == "connect":
         print(json.dumps(connect(host, port, *numbers)))
+    elif what in ("mix", "idle", "check"):
+        run = {"mix": mix, "idle": idle, "check": check}[what]
+        print(json.dumps(run(host, port, *numbers)))
     else:
         raise SystemExit(f"unknown: {what}")
 

@@ -84,7 +84,7 @@ async def test_grpcio_reads_state_and_changes(tmp_path: Path) -> None:
             [],
             ["K//Pod/demo/new"],
         ]
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while istiod.ads.clients():
                 await trio.sleep(0.01)
 

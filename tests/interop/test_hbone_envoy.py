@@ -117,7 +117,7 @@ async def test_a_refusal_and_a_reset_of_ours_reach_envoys_client(tmp_path: Path)
         async with running_envoy(tmp_path, config, port):
             for _ in range(4):
                 # The end may even arrive before the connect call has returned.
-                with trio.fail_after(5), contextlib.suppress(trio.BrokenResourceError, OSError):
+                with trio.fail_after(30), contextlib.suppress(trio.BrokenResourceError, OSError):
                     stream = await trio.open_tcp_stream("127.0.0.1", port)
                     async with stream:
                         assert await stream.receive_some(1) == b""
@@ -170,7 +170,7 @@ async def test_envoy_without_a_destination_refuses(tmp_path: Path) -> None:
             link.address = SocketAddress("127.0.0.1", port)
             connection = await link.dial()
             tunnel = connection.open_tunnel(ConnectHead("127.0.0.1:1"))
-            with trio.fail_after(10):
+            with trio.fail_after(30):
                 assert (await tunnel.wait_response()).status == 503
             assert tunnel.is_closed
             assert connection.is_usable
@@ -195,7 +195,7 @@ async def test_the_death_of_envoy_resets_the_application(tmp_path: Path) -> None
             tunnel.relay(proxy)
             stream = link.application(app)
             await _pingpong(stream)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             with pytest.raises(trio.BrokenResourceError):
                 await stream.receive_some(1)
             assert (await tunnel.wait_closed()).error

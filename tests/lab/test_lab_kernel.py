@@ -5,8 +5,6 @@ Every test runs as root (if we are) and in a user namespace, which needs no priv
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from mesh.errors import Unavailable
@@ -72,9 +70,8 @@ def test_a_pod_reaches_itself_through_its_service(lab: BareLab) -> None:
 
 def test_a_service_without_endpoints_refuses_at_once(lab: BareLab) -> None:
     vip = lab.client.get("Service", "shop", "nobody")[0]["spec"]["clusterIP"]
-    started = time.monotonic()
+    # `ask` gives up after 4 s with another word.
     assert b"refused" in lab.ask(vip, 80).stderr
-    assert time.monotonic() - started < 3
 
 
 def test_the_node_itself_reaches_services(lab: BareLab) -> None:
@@ -94,10 +91,9 @@ def test_names(lab: BareLab, name: str) -> None:
 
 
 def test_names_that_do_not_exist_fail_fast(lab: BareLab) -> None:
-    started = time.monotonic()
+    # A question that nobody answered would be a "temporary failure".
     assert b"Name or service not known" in lab.ask("absent", 80).stderr
-    assert lab.ask("example.com", 80).code == 1
-    assert time.monotonic() - started < 5
+    assert b"Name or service not known" in lab.ask("example.com", 80).stderr
 
 
 def test_the_dns_server_answers_over_tcp(lab: BareLab) -> None:

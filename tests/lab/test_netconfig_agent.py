@@ -111,7 +111,7 @@ class Node:
         return await self.annotation(ref) == value
 
 
-async def eventually(claim: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
+async def eventually(claim: Callable[[], Awaitable[bool]], seconds: float = 45.0) -> None:
     with trio.move_on_after(seconds):
         while not await claim():
             await trio.sleep(0.01)
@@ -119,7 +119,7 @@ async def eventually(claim: Callable[[], Awaitable[bool]], seconds: float = 5.0)
     pytest.fail("it did not become true in time")
 
 
-async def until(claim: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(claim: Callable[[], bool], seconds: float = 45.0) -> None:
     async def later() -> bool:
         return claim()
 

@@ -207,7 +207,8 @@ def test_outbound_is_captured_with_its_original_destination(pair: Pair, family: 
         dial(pair.pod, OUTSIDE_IPS[family], 9000) as app,
         accepted(at[15001]) as caught,
     ):
-        assert sockets.original_destination(caught) == (OUTSIDE_IPS[family], 9000)
+        peer = sockets.from_sockaddr(caught.getpeername())
+        assert sockets.original_destination(caught, peer) == (OUTSIDE_IPS[family], 9000)
         assert alive(app, caught)
 
 
@@ -219,8 +220,8 @@ def test_inbound_is_captured_with_its_original_destination(pair: Pair, family: i
         dial(pair.outside, POD_IPS[family], 8080) as client,
         accepted(at[15006]) as caught,
     ):
-        assert sockets.original_destination(caught) == (POD_IPS[family], 8080)
         peer = sockets.from_sockaddr(caught.getpeername())
+        assert sockets.original_destination(caught, peer) == (POD_IPS[family], 8080)
         assert peer.ip == OUTSIDE_IPS[family]
         assert alive(client, caught)
 

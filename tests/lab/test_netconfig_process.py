@@ -46,7 +46,7 @@ def running(path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     fd = -1
     try:
         plugin = path / "cni" / "pluginevent.sock"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 45
         while not plugin.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()

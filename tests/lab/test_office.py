@@ -25,13 +25,13 @@ DATA = Path(__file__).parent / "data" / "office"
 
 GREET = """
 import socket, sys
-c = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)
+c = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20)
 print(c.makefile("rb").readline().decode().strip())
 """
 
 MYSQL = """
 import socket, sys
-c = socket.create_connection((sys.argv[1], 3306), timeout=5)
+c = socket.create_connection((sys.argv[1], 3306), timeout=20)
 d = c.recv(100)
 while len(d) < 17: d += c.recv(100)
 blob = bytes(range(256)) * 4096

@@ -15,6 +15,10 @@ NODES = st.sampled_from(["n1", "n2"])
 SELECTORS = st.none() | st.just({}) | APPS.map(lambda app: {"matchLabels": {"app": app}})
 MODES = st.sampled_from(["UNSET", "DISABLE", "PERMISSIVE", "STRICT"])
 SECURITY = "security.istio.io/v1"
+GATEWAY_API = "gateway.networking.k8s.io/v1"
+USE, FROM = "istio.io/use-waypoint", "istio.io/use-waypoint-namespace"
+PARTS = st.sampled_from([{}, {}, {"gateway.networking.k8s.io/gateway-name": "x"}])
+TRUTH = st.sampled_from(["True", "False"])
 
 
 def _object(kind: str, version: str, namespace: str, name: str, **fields) -> dict:
@@ -27,9 +31,24 @@ def objects(draw) -> dict:
     namespace, name = draw(NAMESPACES), draw(st.sampled_from(["x", "y"]))
     kind = draw(
         st.sampled_from(
-            ["Pod", "Service", "Node", "Namespace", "EndpointSlice", "Authorization", "Peer"]
+            [
+                "Pod",
+                "Service",
+                "Node",
+                "Namespace",
+                "EndpointSlice",
+                "Authorization",
+                "Peer",
+                "Gateway",
+                "Route",
+                "Attached",
+                "Grant",
+                "ServiceEntry",
+                "WorkloadEntry",
+            ]
         )
     )
+    use = draw(st.sampled_from([{}, {}, {USE: "x"}, {USE: "none"}, {USE: "y", FROM: "shop"}]))
     match kind:
         case "Pod":
             return _object(
@@ -37,18 +56,22 @@ def objects(draw) -> dict:
                 "v1",
                 namespace,
                 name,
-                metadata={"labels": {"app": draw(APPS)}},
+                metadata={"labels": {"app": draw(APPS), **use, **draw(PARTS)}},
                 spec={
+                    "serviceAccountName": draw(st.sampled_from(["x", "y"])),
                     "nodeName": draw(NODES),
                     "containers": [{"ports": [{"name": draw(APPS), "containerPort": 80}]}],
                 },
-                status={"podIP": draw(st.sampled_from(["", "10.0.0.1"]))},
+                status={
+                    "podIP": draw(st.sampled_from(["", "10.0.0.1"])),
+                    "conditions": [{"type": "Ready", "status": draw(TRUTH)}],
+                },
             )
         case "Service":
             selector = draw(st.none() | APPS.map(lambda app: {"app": app}))
             port = {"port": 80, "targetPort": draw(st.just(8080) | APPS)}
             spec = {"selector": selector, "ports": [port]}
-            return _object("Service", "v1", namespace, name, spec=spec)
+            return _object("Service", "v1", namespace, name, metadata={"labels": use}, spec=spec)
         case "Node":
             zone = draw(st.sampled_from(["", "z"]))
             labels = {"topology.kubernetes.io/zone": zone}
@@ -56,7 +79,53 @@ def objects(draw) -> dict:
         case "Namespace":
             value = draw(st.sampled_from(["", "PreferClose"]))
             annotations = {TRAFFIC_DISTRIBUTION: value}
-            return _object("Namespace", "v1", "", namespace, metadata={"annotations": annotations})
+            metadata = {"annotations": annotations, "labels": use}
+            return _object("Namespace", "v1", "", namespace, metadata=metadata)
+        case "Gateway":
+            allowed = {"namespaces": {"from": draw(st.sampled_from(["Same", "All"]))}}
+            listener = {"name": "m", "port": 15008, "protocol": "HBONE", "allowedRoutes": allowed}
+            spec = {"gatewayClassName": "istio-waypoint", "listeners": [listener]}
+            labels = {"istio.io/waypoint-for": draw(st.sampled_from(["service", "all"]))}
+            return _object(
+                "Gateway", GATEWAY_API, namespace, name, metadata={"labels": labels}, spec=spec
+            )
+        case "Route":
+            kind = draw(st.sampled_from(["HTTPRoute", "GRPCRoute"]))
+            names = st.sampled_from(["x", "y"])
+            parent = {"group": "", "kind": "Service", "name": draw(names)}
+            parent["namespace"] = draw(NAMESPACES)
+            backend = {"name": draw(names), "namespace": draw(NAMESPACES), "port": 80}
+            spec = {"parentRefs": [parent], "rules": [{"backendRefs": [backend]}]}
+            return _object(kind, GATEWAY_API, namespace, name, spec=spec)
+        case "Grant":
+            source = {"group": GATEWAY_API.split("/")[0], "kind": "HTTPRoute"}
+            source["namespace"] = draw(NAMESPACES)
+            spec = {"from": [source], "to": [{"group": "", "kind": "Service"}]}
+            return _object("ReferenceGrant", GATEWAY_API, namespace, name, spec=spec)
+        case "ServiceEntry":
+            hosts = draw(st.sampled_from([["h"], ["h", "i"], ["x.shop.svc.cluster.local"]]))
+            spec = {"hosts": hosts, "ports": [{"number": 80, "name": "p"}]}
+            spec["resolution"] = draw(st.sampled_from(["NONE", "DNS"]))
+            if draw(st.booleans()):
+                spec["workloadSelector"] = {"labels": {"app": draw(APPS)}}
+            elif draw(st.booleans()):
+                spec |= {"resolution": "STATIC", "endpoints": [{"address": "10.5.0.1"}]}
+            return _object(kind, "networking.istio.io/v1", namespace, name, spec=spec)
+        case "WorkloadEntry":
+            spec = {"address": "10.5.0.2", "labels": {"app": draw(APPS)}, "ports": {"p": 81}}
+            return _object(kind, "networking.istio.io/v1", namespace, name, spec=spec)
+        case "Attached":
+            kinds = st.sampled_from(["Service", "Gateway", "HTTPRoute", "GatewayClass"])
+            target = {"kind": draw(kinds), "name": draw(st.sampled_from(["x", "istio-waypoint"]))}
+            if target["kind"] != "Service":
+                target["group"] = GATEWAY_API.split("/")[0]
+            rules = [{"limit": {"requests": 1, "window": "1s"}}]
+            spec = {"targetRefs": [target], "rules": rules}
+            if draw(st.booleans()):
+                return _object(
+                    "AuthorizationPolicy", SECURITY, namespace, name, spec={"targetRefs": [target]}
+                )
+            return _object("RateLimitPolicy", "ambit.dev/v1alpha1", namespace, name, spec=spec)
         case "EndpointSlice":
             labels = {"kubernetes.io/service-name": draw(st.sampled_from(["x", "y"]))}
             ips = draw(st.sets(st.sampled_from(["10.1.0.1", "10.1.0.2"])))
@@ -101,6 +170,9 @@ def test_incremental_is_from_scratch(steps):
     afresh.settle()
     assert index.addresses == afresh.addresses
     assert index.policies == afresh.policies
+    assert index.traffic.configs == afresh.traffic.configs
+    assert index.traffic.bindings == afresh.traffic.bindings
+    assert index.traffic.outcomes == afresh.traffic.outcomes
     for node in ("n1", "n2"):
         assert {pod.ref for pod in index.pods_on_node(node)} == {
             pod.ref for pod in afresh.pods_on_node(node)

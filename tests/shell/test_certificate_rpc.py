@@ -97,7 +97,7 @@ async def test_the_secret_manager_on_the_real_authority(
 ) -> None:
     secrets = SecretManager(lambda identity: fetch_certificate(istiod.channel(mint()), identity))
     nursery.start_soon(secrets.run)
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         certificate = await secrets.get(SLEEP)
     assert summarize(certificate.chain_pem)[0].subject_alt_names == (str(SLEEP),)
     with trio.move_on_after(2), pytest.raises(IdentityError, match="UNAUTHENTICATED"):

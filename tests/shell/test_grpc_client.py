@@ -36,7 +36,7 @@ async def channel_to(
     listener = open_listener(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
         address = await nursery.start(partial(serve_http2, listener, None, handler))
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             async with open_channel(*address, None, metadata_provider=metadata) as channel:
                 yield channel
         nursery.cancel_scope.cancel()

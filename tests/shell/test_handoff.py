@@ -103,7 +103,7 @@ async def test_no_snapshot_before_the_pods_are_known(
     assert proxy.heard == []
     handoff.register(target("a"), namespace)
     handoff.begin()
-    with trio.fail_after(2):
+    with trio.fail_after(30):
         while "SnapshotSent" not in proxy.heard:
             await trio.sleep(0.01)
     assert proxy.heard[0] == "Add uid-a"
@@ -148,7 +148,7 @@ async def test_when_the_newest_leaves_the_older_is_asked_again(
     async with trio.open_nursery() as inner:
         await inner.start(new.run, tmp_path / "s")
         inner.cancel_scope.cancel()
-    with trio.fail_after(2):
+    with trio.fail_after(30):
         while handoff.connected != 1:
             await trio.sleep(0.01)
     assert await handoff.add(target("a"), namespace) is None

@@ -133,7 +133,7 @@ class Running:
         return self.process
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 45
         while self.get("/ready")[0] != 200:
             assert self.process is not None
             assert self.process.poll() is None, self.log.read_text()
@@ -212,7 +212,7 @@ class DeltaClient:
         node.metadata.update({"NAMESPACE": "istio-system", "NODE_NAME": "n1"})
         self._requests.put(DeltaDiscoveryRequest(node=node, type_url=type_url))
 
-    def next(self, seconds: float = 10.0) -> DeltaDiscoveryResponse:
+    def next(self, seconds: float = 45.0) -> DeltaDiscoveryResponse:
         response = self.responses.get(timeout=seconds)
         for resource in response.resources:
             self.resources[resource.name] = resource.resource.value
@@ -278,7 +278,7 @@ def test_the_whole_of_it(istiod: Running) -> None:
 
         # What cannot be read changes nothing, and is told with its place.
         path = istiod.write(policy(selector=selector, rulez=[]))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 45
         while not (found := errors(istiod)):
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -58,7 +58,7 @@ class Followed:
         return set(self.ads.snapshot.of(type_url))
 
     async def until(self, is_true) -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while not is_true():
                 await self.changed.wait()
 
@@ -132,7 +132,7 @@ def written(path: Path, namespace: str) -> str | None:
 
 
 async def becomes_true(is_true) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while not is_true():
             await trio.sleep(0.01)
 
@@ -145,7 +145,7 @@ async def test_every_namespace_gets_the_root(tmp_path, monkeypatch):
     async with trio.open_nursery() as nursery:
         cluster = DirectoryCluster(tmp_path, writable=True)
         nursery.start_soon(root.run, cluster, published.set)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await published.wait()
         assert [written(tmp_path, name) for name in ("istio-system", "shop")] == ["PEM", "PEM"]
         namespaces.append("new")
@@ -163,7 +163,7 @@ async def test_every_namespace_gets_the_root(tmp_path, monkeypatch):
 async def test_a_cluster_that_takes_no_writes_is_served_all_the_same(tmp_path):
     root = RootCertificate(b"PEM", "istio-system", list)
     published = trio.Event()
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         await root.run(DirectoryCluster(tmp_path), published.set)
     assert published.is_set()
     assert written(tmp_path, "istio-system") is None
@@ -182,6 +182,6 @@ async def test_a_writer_that_is_in_the_way_is_waited_for(tmp_path, monkeypatch):
             await trio.sleep(0.2)
             assert not published.is_set()
             fcntl.flock(lock, fcntl.LOCK_UN)
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 await published.wait()
             nursery.cancel_scope.cancel()

@@ -9,6 +9,7 @@ import random
 import resource
 import socket
 import struct
+from typing import Any
 
 import pytest
 import trio
@@ -83,7 +84,7 @@ async def test_reset_of_one_application_is_a_reset_of_the_other(cutter: str) -> 
         await near.send_all(b"hello")
         assert await far.receive_some(100) == b"hello"
         _cut(near if cutter == "near" else far)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert await _reset_of(far if cutter == "near" else near)
             assert (await tunnel.wait_closed()).error
             assert (await served.wait_closed()).error
@@ -96,7 +97,7 @@ async def test_reset_of_a_half_closed_application_is_seen() -> None:
         await near.send_eof()
         assert await _all(far) == b""
         _cut(near)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while True:
                 try:
                     await far.send_all(b"x" * 1000)
@@ -113,7 +114,7 @@ async def test_a_blocked_application_that_resets_is_noticed() -> None:
             while True:
                 await near.send_all(bytes(1 << 16))
         _cut(near)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert (await tunnel.wait_closed()).error
             assert (await served.wait_closed()).error
             assert await _reset_of(far)
@@ -187,18 +188,63 @@ async def test_a_slow_reader_holds_no_more_than_a_window_and_blocks_nobody() -> 
             await near.send_eof()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         for count in sent:
-            # 4 MiB of window, the rest in kernel buffers on the way.
-            assert 4 << 20 <= count < 24 << 20
+            # A window, the rest in kernel buffers on the way.
+            assert 256 << 10 <= count < 24 << 20
         assert grown < 64 << 10  # KiB
         near, far, _, _ = await link.pipe()
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             await near.send_all(b"through")
             assert await far.receive_some(100) == b"through"
         for index, (_, far, tunnel, _) in enumerate(streams):
             await far.send_eof()
-            with trio.fail_after(10):
+            with trio.fail_after(30):
                 assert len(await _all(far)) == sent[index]
                 assert (await tunnel.wait_closed()).error is None
+
+
+async def test_many_stalled_readers_hold_little_and_block_nobody() -> None:
+    """Half of them never read at all, half of them stop after they were fast."""
+    async with open_link() as link:
+        streams = [await link.pipe() for _ in range(60)]
+        stalled: set[int] = set()
+
+        async def flood(index: int) -> None:
+            near = streams[index][0]
+            with trio.CancelScope() as scopes[index]:
+                while True:
+                    await near.send_all(bytes(1 << 16))
+
+        async def read(index: int) -> None:
+            total = 0
+            while index % 2 and total < 2 << 20:
+                total += len(await streams[index][1].receive_some(1 << 16))
+            stalled.add(index)
+
+        scopes: dict[int, trio.CancelScope] = {}
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                for index in range(len(streams)):
+                    nursery.start_soon(flood, index)
+                    nursery.start_soon(read, index)
+                held = -1
+                while len(stalled) < len(streams) or held != _held(streams):
+                    held = _held(streams)
+                    await trio.sleep(0.3)
+                nursery.cancel_scope.cancel()
+            # The first windows, and what was granted beyond them.
+            assert held <= 60 * (256 << 10) + (16 << 20)
+            assert link.servers[0].core._windows._budget.used <= 16 << 20
+            near, far, _, _ = await link.pipe()
+            await near.send_all(b"through")
+            assert await far.receive_some(100) == b"through"
+            for each, *_ in streams:
+                _cut(each)
+            while link.servers[0].core._windows._budget.used:
+                await trio.sleep(0.01)
+
+
+def _held(streams: list[Any]) -> int:
+    return sum(len(served._sink._pending or b"") for _, _, _, served in streams)
 
 
 async def test_death_of_the_peer_resets_every_application() -> None:
@@ -210,7 +256,7 @@ async def test_death_of_the_peer_resets_every_application() -> None:
         sock = link.servers[0]._session.sock
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         link.servers[0]._tear_down("killed")
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             for near, _, tunnel, _ in pipes:
                 if near is not pipes[2][0]:
                     assert await _reset_of(near)
@@ -223,7 +269,7 @@ async def test_an_orderly_close_with_open_tunnels_is_no_orderly_end_for_them() -
     async with open_link() as link:
         near, far, tunnel, served = await link.pipe()
         link.servers[0].close("going")
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert await _reset_of(near)
             assert await _reset_of(far)
             assert (await tunnel.wait_closed()).error
@@ -240,7 +286,7 @@ async def test_cancelling_the_run_closes_and_resets() -> None:
             nursery.cancel_scope.cancel()
         assert link.client.is_closed
         assert (await tunnel.wait_closed()).error == "cancelled"
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert await _reset_of(near)
 
 
@@ -249,7 +295,7 @@ async def test_cancelling_wait_closed_resets_the_tunnel_only() -> None:
         near, far, tunnel, served = await link.pipe()
         with trio.move_on_after(0.01):
             await tunnel.wait_closed()
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert await _reset_of(near)
             assert await _reset_of(far)
             assert (await served.wait_closed()).error
@@ -271,7 +317,7 @@ async def test_reset_no_error_after_the_end_keeps_buffered_bytes() -> None:
         served._cut(h2.NO_ERROR, "as Envoy does")
         sent = served.sent
         await trio.sleep(0.1)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             got = await _all(near)
             assert len(got) == sent
             await near.send_all(b"nobody listens")
@@ -340,7 +386,7 @@ async def test_what_a_leaving_peer_said_is_read_although_writing_to_it_fails() -
         await trio.sleep(0.05)
         link.client.write(memoryview(h2.pack_frame(h2.PING, 0, 0, bytes(8)) * 1000))
         link.reactor.modify(link.client._fd, 1)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert (await tunnel.wait_closed()).error
             got = bytearray()
             with contextlib.suppress(trio.BrokenResourceError):
@@ -353,9 +399,9 @@ async def test_an_ended_application_still_gets_what_waits_for_it() -> None:
     """Both sides have ended, yet the slow reader's bytes are still in the relay."""
     async with open_link() as link:
         near, far, tunnel, _ = await link.pipe()
-        size = 3 << 20  # less than the window, more than the socket takes
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        tunnel._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        size = 250 << 10  # less than the window, more than the socket takes
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        tunnel._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         await far.send_all(bytes(size))
         await far.send_eof()
         await trio.sleep(0.2)
@@ -363,7 +409,7 @@ async def test_an_ended_application_still_gets_what_waits_for_it() -> None:
         assert tunnel._sink._pending
         await near.send_eof()
         await trio.sleep(0.1)
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             assert len(await _all(near)) == size
             assert (await tunnel.wait_closed()).error is None
         assert tunnel.received == size
@@ -388,7 +434,7 @@ async def test_everything_said_before_the_relay_starts_is_kept() -> None:
         stream = link.application(near)
         assert await _all(stream) == b"short and complete"
         await stream.send_eof()
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert (await tunnel.wait_closed()).error is None
 
 
@@ -396,6 +442,9 @@ async def test_tunnels_that_end_while_the_connection_is_blocked_stay_ended() -> 
     """The peer stops reading, parked tunnels end in every way, then it reads again."""
     async with open_link() as link:
         pipes = [await link.pipe() for _ in range(4)]
+        for _, _, tunnel, served in pipes[:3]:
+            tunnel._stream.send_window += 4 << 20
+            served._stream.receive_window += 4 << 20
         link.reactor.mute(link.servers[0]._fd)
 
         async def flood(near: trio.SocketStream) -> None:
@@ -409,11 +458,11 @@ async def test_tunnels_that_end_while_the_connection_is_blocked_stay_ended() -> 
         assert link.client.is_blocked or link.client.core.send_window <= 0 or link.client._parked
         _cut(pipes[0][0])
         pipes[1][2].reset()
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert (await pipes[0][2].wait_closed()).error
         link.reactor.modify(link.servers[0]._fd, 1)
         near, far, _, _ = pipes[3]
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             await near.send_all(b"hello")
             assert await far.receive_some(10) == b"hello"
             assert await _reset_of(pipes[0][1])

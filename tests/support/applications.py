@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import trio
 
 
@@ -12,7 +14,7 @@ async def echo(stream: trio.SocketStream) -> None:
             await stream.send_all(stream.socket.getpeername()[0].encode() + b"\n")
             async for data in stream:
                 await stream.send_all(data)
-    except trio.BrokenResourceError:
+    except (trio.BrokenResourceError, OSError):  # reset by now, perhaps before we looked
         pass
 
 
@@ -27,7 +29,7 @@ async def read_line(stream: trio.SocketStream) -> str:
 
 async def ask(stream: trio.SocketStream, payload: bytes) -> tuple[str, bytes]:
     """(our address as the application saw it, the echo), with a half-close in between."""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with stream:
             seen = await read_line(stream)
             async with trio.open_nursery() as nursery:
@@ -43,9 +45,18 @@ async def ask(stream: trio.SocketStream, payload: bytes) -> tuple[str, bytes]:
             return seen, bytes(heard)
 
 
+async def is_refused(connecting: Awaitable[trio.SocketStream]) -> bool:
+    """Whether a new connection ends with RST; connect() itself may see it already."""
+    try:
+        stream = await connecting
+    except ConnectionResetError:
+        return True
+    return await is_reset(stream)
+
+
 async def is_reset(stream: trio.SocketStream) -> bool:
     """Whether the connection ends with RST, before any byte."""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with stream:
             try:
                 return await stream.receive_some(1) == b"never"
@@ -56,7 +67,7 @@ async def is_reset(stream: trio.SocketStream) -> bool:
 async def read_to_end(stream: trio.SocketStream) -> bytes:
     """Everything until the connection ends, one way or the other."""
     heard = b""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with stream:
             try:
                 async for data in stream:

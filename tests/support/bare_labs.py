@@ -248,7 +248,7 @@ class BareLab:
         found = self.client.get("Pod", "shop")
         return [pod for pod in found if pod["metadata"]["labels"].get("app") == app]
 
-    def until(self, what: Callable[[], bool], seconds: float = 15) -> None:
+    def until(self, what: Callable[[], bool], seconds: float = 45.0) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.client.status()

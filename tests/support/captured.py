@@ -20,6 +20,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from mesh import netns
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.authorization import Authorization
 from mesh.model.service import Service
@@ -68,7 +69,7 @@ class Notes:
 
     async def wait(self, **expected: object) -> dict[str, object]:
         """The first line with these values (`direction="inbound"`, ...)."""
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while True:
                 for line in self.lines:
                     if all(line.get(name) == value for name, value in expected.items()):
@@ -108,7 +109,7 @@ class CapturedPod:
         sock.setblocking(False)
         return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
-    async def connect(self, host: str, port: int, *, seconds: float = 5.0) -> trio.SocketStream:
+    async def connect(self, host: str, port: int, *, seconds: float = 30.0) -> trio.SocketStream:
         """An application in the pod that dials."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with netns.inside(self.fd):
@@ -243,6 +244,7 @@ async def captured_mesh(
                     dns_metrics=DnsMetrics(registry),
                     names=Names(),
                     dns_servers=dns_servers,
+                    windows=WindowBudget(64 << 20),
                 )
                 nursery.start_soon(reactor.run)
                 nursery.start_soon(node.secrets.run)

@@ -61,21 +61,78 @@ def _endpoint(name: str, port: int, host: str = LOOPBACK) -> str:
     )
 
 
+_ACCESS_LOG = json.dumps(
+    [
+        {
+            "name": "stdout",
+            "typed_config": {
+                "@type": f"{_TYPE}.access_loggers.stream.v3.StdoutAccessLog",
+                "log_format": {
+                    "json_format": {
+                        "time": "%START_TIME%",
+                        "id": "%STREAM_ID%",
+                        "src.addr": "%DOWNSTREAM_REMOTE_ADDRESS%",
+                        "dst.addr": "%UPSTREAM_HOST%",
+                        "dst.hbone_addr": "%REQ(:AUTHORITY)%",
+                        "src.identity": "%DOWNSTREAM_PEER_URI_SAN%",
+                        "bytes_sent": "%BYTES_SENT%",
+                        "bytes_recv": "%BYTES_RECEIVED%",
+                        "duration": "%DURATION%",
+                        "response_flags": "%RESPONSE_FLAGS%",
+                        "error": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+                    }
+                },
+            },
+        }
+    ]
+)
+
+
+def _rbac(identity: str) -> str:
+    """The filter that lets `identity` in."""
+    client = {"authenticated": {"principal_name": {"exact": identity}}}
+    rules = {"clients": {"permissions": [{"any": True}], "principals": [client]}}
+    return json.dumps(
+        {
+            "name": "envoy.filters.http.rbac",
+            "typed_config": {
+                "@type": f"{_TYPE}.filters.http.rbac.v3.RBAC",
+                "rules": {"action": "ALLOW", "policies": rules},
+            },
+        }
+    )
+
+
 def tunnelling_client(
-    directory: Path, name: str, listen: int, peer: int, authority: str, peer_host: str = LOOPBACK
+    directory: Path,
+    name: str,
+    listen: int,
+    peer: int,
+    authority: str,
+    peer_host: str = LOOPBACK,
+    *,
+    listen_host: str = LOOPBACK,
+    logs: bool = False,
+    mark: int = 0,
 ) -> str:
-    """TCP on `listen` goes through CONNECT `authority` to HBONE on `peer`."""
+    """TCP on `listen` goes through CONNECT `authority` to HBONE on `peer`.
+
+    `logs` turns the access log on (stdout), `mark` is set on the sockets to the peer.
+    """
+    marked = {"level": 1, "name": 36, "int_value": mark, "state": "STATE_PREBIND"}
+    options = json.dumps({"socket_options": [marked]} if mark else {})
     return f"""
 static_resources:
   listeners:
   - name: in
-    address: {_address(listen)}
+    address: {_address(listen, listen_host)}
     filter_chains:
     - filters:
       - name: envoy.filters.network.tcp_proxy
         typed_config:
           "@type": {_TYPE}.filters.network.tcp_proxy.v3.TcpProxy
           stat_prefix: tunnel
+          access_log: {_ACCESS_LOG if logs else "[]"}
           cluster: peer
           tunneling_config:
             hostname: "{authority}"
@@ -85,6 +142,7 @@ static_resources:
   - name: peer
     type: STATIC
     connect_timeout: 5s
+    upstream_bind_config: {options}
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": {_TYPE}.upstreams.http.v3.HttpProtocolOptions
@@ -99,9 +157,20 @@ static_resources:
 
 
 def terminating_server(
-    directory: Path, name: str, listen: int, destination: int, listen_host: str = LOOPBACK
+    directory: Path,
+    name: str,
+    listen: int,
+    destination: int,
+    listen_host: str = LOOPBACK,
+    *,
+    logs: bool = False,
+    admits: str = "",
 ) -> str:
-    """HBONE on `listen`; every CONNECT leads to TCP `destination`."""
+    """HBONE on `listen`; every CONNECT leads to TCP `destination`.
+
+    `logs` turns the access log on (stdout); `admits` is the only identity that RBAC lets in.
+    """
+    rbac = f"- {_rbac(admits)}" if admits else ""
     return f"""
 static_resources:
   listeners:
@@ -119,6 +188,7 @@ static_resources:
         typed_config:
           "@type": {_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager
           stat_prefix: hbone
+          access_log: {_ACCESS_LOG if logs else "[]"}
           codec_type: HTTP2
           http2_protocol_options: {{allow_connect: true}}
           upgrade_configs: [{{upgrade_type: CONNECT}}]
@@ -133,6 +203,7 @@ static_resources:
                   timeout: 0s
                   upgrade_configs: [{{upgrade_type: CONNECT, connect_config: {{}}}}]
           http_filters:
+          {rbac}
           - name: envoy.filters.http.router
             typed_config: {{"@type": {_TYPE}.filters.http.router.v3.Router}}
   clusters:

@@ -102,7 +102,9 @@ class Istiod:
 
 
 @asynccontextmanager
-async def running_istiod(directory: Path) -> AsyncIterator[Istiod]:
+async def running_istiod(
+    directory: Path, on_answer: Callable[[], None] = lambda: None
+) -> AsyncIterator[Istiod]:
     """xDS and the CA on a port of 127.0.0.1, keys in `directory`."""
     keys = directory / "keys.json"
     keys.write_text(json.dumps({"keys": [KEY.as_dict(private=False)]}))
@@ -117,7 +119,7 @@ async def running_istiod(directory: Path) -> AsyncIterator[Istiod]:
     authenticator = Authenticator(
         SignedTokenReviewer(keys, audiences=["istio-ca"], clock=now), "Kubernetes"
     )
-    ads = AdsService(authenticator)
+    ads = AdsService(authenticator, on_answer)
     certificates = CertificateService(
         authority,
         authenticator,

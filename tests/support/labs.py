@@ -41,7 +41,7 @@ class TestLab:
         return done.stdout.decode().strip()
 
 
-def eventually(check: Callable[[], T], *, seconds: float = 15.0) -> T:
+def eventually(check: Callable[[], T], *, seconds: float = 45.0) -> T:
     """Call `check` until it no longer raises AssertionError; its result."""
     deadline = time.monotonic() + seconds
     while True:

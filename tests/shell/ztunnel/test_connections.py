@@ -159,7 +159,7 @@ async def test_a_policy_change_cuts_what_is_refused_now() -> None:
         await trio.sleep(0.01)
         assert len(made.connections) == 250
         made.say(DENY)
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             await made.connections.wait_empty()
         assert len(made.access.lines) == 250
         assert {line["policy"] for line in made.access.lines} == {"shop/deny"}
@@ -177,7 +177,7 @@ async def test_outbound_connections_are_not_judged_here() -> None:
         made.connections.changed(
             made.store.apply_addresses([replace(WEB, service_account="new")], [])
         )
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             await made.connections.wait_empty()
         assert made.access.lines[0]["response_flags"] == "IDENTITY_ERROR"
 
@@ -193,7 +193,7 @@ async def test_a_workload_that_left_is_not_cut() -> None:
 async def test_waiting_for_one_pod_only() -> None:
     async with world() as (made, nursery):
         nursery.start_soon(made.connections.carry, made.admit(), forever)
-        with trio.fail_after(1):
+        with trio.fail_after(30):
             await made.connections.wait_empty("another pod")
         with trio.move_on_after(0.01) as scope:
             await made.connections.wait_empty("pod")

@@ -61,9 +61,29 @@ def test_all_of_it():
     assert not found.serves_debug
 
 
-@pytest.mark.parametrize("missing", GIVEN)
+def test_on_kubernetes_only_the_keys_need_a_place():
+    found = load(IstiodConfig, [], {"CA_DIR": "/ca", "CA_SECRET": "authority"})
+    assert found.cluster().is_kubernetes
+    assert found.cluster_dir is None
+    assert found.token_issuer_keys is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"CLUSTER_SOURCE": "kubernetes"}, "cluster_dir"),
+        ({"CLUSTER_SOURCE": "etcd"}, "CLUSTER_SOURCE"),
+        ({"CA_SECRET": "authority"}, "ca_secret|CA_SECRET"),
+    ],
+)
+def test_a_directory_is_not_kubernetes(wrong, named):
+    with pytest.raises(ConfigError, match=f"(?i){named}"):
+        load(IstiodConfig, [], GIVEN | wrong)
+
+
+@pytest.mark.parametrize("missing", ["CA_DIR", "TOKEN_ISSUER_KEYS"])
 def test_required(missing):
-    with pytest.raises(ConfigError, match=missing):
+    with pytest.raises(ConfigError, match=f"(?i){missing}"):
         load(IstiodConfig, [], {key: value for key, value in GIVEN.items() if key != missing})
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from istiod_lite.snapshot import Snapshot, build, diff
-from istiod_lite.subscriptions import MAX_TYPES, ClientState, parse_node
+from istiod_lite.subscriptions import MAX_TYPES, ClientState, Holding, parse_node
 from mesh.errors import RemoteProtocolError
 from mesh.model.authorization import Action, Authorization, PolicyScope
+from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import NetworkAddress, Workload
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
+from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, resource_name
 
 NODE = Node(id="ztunnel~10.0.0.1~ztunnel-n1.istio-system~istio-system.svc.cluster.local")
@@ -297,3 +299,85 @@ def test_the_node_is_read() -> None:
 def test_a_node_that_does_not_say_who_it_is_is_refused(node_id: str) -> None:
     with pytest.raises(RemoteProtocolError):
         ClientState().receive(DeltaDiscoveryRequest(node=Node(id=node_id), type_url=ADDRESS_TYPE))
+
+
+def traffic(*configs: TrafficConfig) -> Snapshot:
+    return build({}, {}, None, {each.key: each for each in configs})
+
+
+def told(state: ClientState) -> set[str]:
+    found: set[str] = set()
+    for response in state.responses():
+        found |= {each.name for each in response.resources}
+        state.receive(
+            DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+        )
+    return found
+
+
+def test_a_waypoint_is_told_its_own_traffic_and_nobody_elses():
+    own, other = TrafficConfig("shop/wp", "shop/a"), TrafficConfig("shop/wp2", "shop/a")
+    first = traffic(own, other)
+    states = {who: ClientState(first, who) for who in ("shop/wp", "shop/wp2", "shop/pod", None)}
+    opening = DeltaDiscoveryRequest(node=NODE, type_url=TRAFFIC_TYPE)
+    for state in states.values():
+        state.receive(opening)
+    assert {who: told(state) for who, state in states.items()} == {
+        "shop/wp": {own.key},
+        "shop/wp2": {other.key},
+        "shop/pod": set(),
+        None: {own.key, other.key},
+    }
+    second = traffic(replace(own, explains_denials=True), replace(other, explains_denials=True))
+    for state in states.values():
+        state.offer(second, diff(first, second))
+    assert told(states["shop/wp"]) == {own.key}
+    assert told(states["shop/pod"]) == set()
+
+
+def test_asking_by_name_gets_nobody_anothers_traffic():
+    other = TrafficConfig("shop/wp2", "shop/a")
+    state = ClientState(traffic(other), "shop/wp")
+    state.receive(
+        DeltaDiscoveryRequest(
+            node=NODE, type_url=TRAFFIC_TYPE, resource_names_subscribe=[other.key]
+        )
+    )
+    (response,) = state.responses()
+    assert (list(response.resources), list(response.removed_resources)) == ([], [other.key])
+
+
+def test_what_a_client_holds_is_what_it_acknowledged():
+    session = Session(A)
+    state = session.state
+    assert state.holds(ADDRESS_TYPE, A.uid) is None
+    session.open()
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    (response,) = state.responses()
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    state.receive(DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce))
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD
+    # Of what does not exist it should have nothing.
+    assert state.holds(ADDRESS_TYPE, B.uid) is Holding.HELD
+    session.push(replace(A, node="n9"), B)
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    (response,) = state.responses()
+    refusal = DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce)
+    refusal.error_detail.message = "no"
+    state.receive(refusal)
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.REFUSED
+    assert state.refusal(ADDRESS_TYPE) == "no"
+    session.push(A)
+    (response,) = state.responses()
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.PENDING
+    assert state.holds(ADDRESS_TYPE, B.uid) is Holding.PENDING
+    state.receive(DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce))
+    assert state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD
+    assert state.holds(ADDRESS_TYPE, B.uid) is Holding.HELD
+
+
+def test_what_a_client_claims_to_hold_counts_when_it_is_so():
+    session = Session(A)
+    version = session.current.of(ADDRESS_TYPE)[A.uid].version
+    session.open(initial_resource_versions={A.uid: version})
+    assert session.state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD

@@ -14,11 +14,17 @@ from netconfig.ruleset import Capture
 REQUIRED = {"NODE_NAME": "node1", "CLUSTER_DIR": "/run/lab/cluster"}
 
 
-def test_two_settings_are_required() -> None:
-    for name in REQUIRED:
-        rest = {key: value for key, value in REQUIRED.items() if key != name}
-        with pytest.raises(ConfigError, match=name):
-            load(NetconfigConfig, [], rest)
+def test_the_node_is_required() -> None:
+    with pytest.raises(ConfigError, match="NODE_NAME"):
+        load(NetconfigConfig, [], {"CLUSTER_DIR": "/run/lab/cluster"})
+
+
+def test_without_a_directory_it_is_kubernetes() -> None:
+    config = load(NetconfigConfig, [], {"NODE_NAME": "node1", "KUBECONFIG": "/k"})
+    assert config.cluster().is_kubernetes
+    assert config.cluster().kubeconfig == Path("/k")
+    with pytest.raises(ConfigError, match=r"(?i)cluster_dir"):
+        load(NetconfigConfig, [], {"NODE_NAME": "node1", "CLUSTER_SOURCE": "directory"})
 
 
 def test_istios_names_and_defaults() -> None:

@@ -73,6 +73,7 @@ def test_the_line_of_a_complete_connection() -> None:
         "level": "info",
         "message": "connection complete",
         "id": "ab" * 16,
+        "connection.id": "ab" * 16,
         "direction": "outbound",
         "src.addr": "10.0.0.1:4000",
         "src.workload": "curl-7d9",
@@ -90,10 +91,13 @@ def test_the_line_of_a_complete_connection() -> None:
 
 
 def test_the_line_of_a_refusal() -> None:
-    record = Record("x", "inbound", 0.0, source_identity=CURL, policy="shop/p")
+    record = Record(
+        "x", "inbound", 0.0, source_identity=CURL, policy="shop/p", rule=0, connection_id="c7"
+    )
     fields = access_fields(record, Ending("DENY", "no", "look there"), 0.0)
     assert (fields["level"], fields["message"]) == ("error", "connection failed")
     assert (fields["policy"], fields["error"], fields["hint"]) == ("shop/p", "no", "look there")
+    assert (fields["id"], fields["connection.id"], fields["rule"]) == ("x", "c7", 0)
     # Without a workload the proven identity still tells the namespace.
     assert fields["src.namespace"] == "shop"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from mesh.errors import ConfigError
 from mesh.runtime.config import load
 from ztunnel.config import ZtunnelConfig
 
@@ -31,3 +34,16 @@ def test_environment() -> None:
     assert config.secret_ttl_seconds == 86400.0
     assert config.dns_capture is False
     assert config.drain_seconds == 25.0
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "127.0.0.2:1", "[::1]:1", "unix:/run/a.sock"])
+def test_the_admin_port_is_private(address: str) -> None:
+    assert load(ZtunnelConfig, [], {"ADMIN_ADDR": address}).admin_address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:15000", "[::]:15000", ":15000", "10.0.0.1:1", "host:1", "unix:", "x"]
+)
+def test_an_admin_port_for_everybody_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"ADMIN_ADDR: .* is no port of loopback"):
+        load(ZtunnelConfig, [], {"ADMIN_ADDR": address})

@@ -115,7 +115,7 @@ def test_warnings_alone_are_no_failure(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r}\n"
+    route = "apiVersion: gateway.networking.k8s.io/v1\nkind: UDPRoute\nmetadata: {name: r}\n"
     peer = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n"
     peer += "metadata: {name: p}\nspec: {mtls: {mode: SURE}}\n"
     (tmp_path / "a.yaml").write_text(route + peer)
@@ -129,7 +129,7 @@ def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "objects": 2,
         "errors": 1,
         "warnings": 0,
-        "unchecked": {"HTTPRoute": 1},
+        "unchecked": {"UDPRoute": 1},
         "findings": [
             {
                 "severity": "error",

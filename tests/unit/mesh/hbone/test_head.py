@@ -22,6 +22,7 @@ from mesh.hbone.head import (
     parse_forwarded,
     parse_request,
     parse_response,
+    take_connection_id,
     traceparent,
 )
 
@@ -231,3 +232,31 @@ def test_bad_statuses(status: bytes) -> None:
         parse_response([(b":status", status)])
     with pytest.raises(RemoteProtocolError):
         parse_response([(b":path", b"/"), (b":status", b"200")])
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        (["ambit.connection.id=ab12"], ("ab12", [])),
+        (["a=b,ambit.connection.id=ab12"], ("ab12", ["a=b"])),
+        (["a=b,ambit.connection.id=ab12,c=d", "e=f"], ("ab12", ["a=b,c=d", "e=f"])),
+        (["ambit.connection.id=ab12,c=d"], ("ab12", ["c=d"])),
+        (["xambit.connection.id=ab12"], ("", ["xambit.connection.id=ab12"])),
+        (["ambit.connection.id=a b"], ("", [])),
+        (["ambit.connection.id=" + "a" * 65], ("", [])),
+        ([], ("", [])),
+    ],
+)
+def test_taking_the_connection_id(headers: list[str], expected: tuple[str, list[str]]) -> None:
+    assert take_connection_id(headers) == expected
+
+
+def test_the_connection_id_travels_in_the_baggage() -> None:
+    head = ConnectHead("10.0.0.1:80", baggage=CART, connection_id="ab12")
+    pairs = encode_request(head)
+    assert (b"baggage", f"{CART_TEXT},ambit.connection.id=ab12".encode()) in pairs
+    assert parse_request(pairs) == head
+    # Somebody who does not know the member sees the rest unchanged.
+    assert parse_baggage([dict(pairs)[b"baggage"].decode()]) == CART
+    alone = ConnectHead("10.0.0.1:80", connection_id="ab12")
+    assert parse_request(encode_request(alone)).connection_id == "ab12"

@@ -117,3 +117,11 @@ def test_reader_that_went_away_does_no_harm() -> None:
 
     log.configure(json=True, stream=Gone())
     log.get("x").info("nobody_reads_this")
+
+
+def test_the_level_goes_back_to_what_was_configured() -> None:
+    log.configure(json=True, level="warning,xds=debug", stream=io.StringIO())
+    log.set_level("trace")
+    log.reset_level()
+    assert log.level_text() == "warn,xds=debug"
+    log.set_level("info")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from mesh import __version__
 from mesh.errors import ConfigError
 from mesh.xds.client import NodeInfo, call_metadata
 
@@ -27,6 +28,7 @@ def test_the_node_is_told_as_istio_reads_it() -> None:
         "NAMESPACE": "istio-system",
         "INSTANCE_IPS": "172.18.0.1,fd00:172:18::1",
         "NODE_NAME": "node1",
+        "AMBIT_VERSION": __version__,
         "NETWORK": "",
         "LABELS": {"app": "ztunnel"},
     }

@@ -1,0 +1,149 @@
+"""The CustomResourceDefinitions: of our own kinds, and of Istio's where they are missing. Pure.
+
+Istio's own definitions are stricter than these and are never replaced: they let a cluster
+without Istio take the same YAML. What an object says is judged by the controller, strictly.
+"""
+
+from __future__ import annotations
+
+from mesh.cluster.api import Object
+
+_OPEN: Object = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+_TARGET_REF: Object = {
+    "type": "object",
+    "required": ["kind", "name"],
+    "properties": {
+        "group": {"type": "string", "maxLength": 253},
+        "kind": {"type": "string", "minLength": 1, "maxLength": 63},
+        "name": {"type": "string", "minLength": 1, "maxLength": 253},
+        "namespace": {"type": "string", "maxLength": 63},
+        "sectionName": {"type": "string", "maxLength": 253},
+    },
+}
+_CONDITION: Object = {
+    "type": "object",
+    "required": ["type", "status"],
+    "properties": {
+        "type": {"type": "string"},
+        "status": {"type": "string", "enum": ["True", "False", "Unknown"]},
+        "reason": {"type": "string"},
+        "message": {"type": "string"},
+        "lastTransitionTime": {"type": "string", "format": "date-time"},
+        "observedGeneration": {"type": "integer", "format": "int64"},
+    },
+}
+_STATUS: Object = {
+    "type": "object",
+    "x-kubernetes-preserve-unknown-fields": True,
+    "properties": {
+        "conditions": {
+            "type": "array",
+            "items": _CONDITION,
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["type"],
+        }
+    },
+}
+_AGE = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}
+
+
+def ours() -> list[Object]:
+    """RateLimitPolicy and RedactionPolicy."""
+    spec: Object = {
+        "type": "object",
+        "required": ["targetRefs", "rules"],
+        "x-kubernetes-preserve-unknown-fields": True,
+        "properties": {
+            "targetRefs": {"type": "array", "minItems": 1, "maxItems": 16, "items": _TARGET_REF},
+            "rules": {"type": "array", "minItems": 1, "maxItems": 64, "items": _OPEN},
+        },
+    }
+    columns = [
+        {"name": "Target", "type": "string", "jsonPath": ".spec.targetRefs[0].name"},
+        {
+            "name": "Accepted",
+            "type": "string",
+            "jsonPath": '.status.conditions[?(@.type=="Accepted")].status',
+        },
+        _AGE,
+    ]
+    return [
+        _definition("ambit.dev", kind, plural, short, ["v1alpha1"], spec, columns)
+        for kind, plural, short in (
+            ("RateLimitPolicy", "ratelimitpolicies", "rlp"),
+            ("RedactionPolicy", "redactionpolicies", "rdp"),
+        )
+    ]
+
+
+def istios() -> list[Object]:
+    """The kinds of Istio that the controller reads."""
+    action = {"name": "Action", "type": "string", "jsonPath": ".spec.action"}
+    mode = {"name": "Mode", "type": "string", "jsonPath": ".spec.mtls.mode"}
+    hosts = {"name": "Hosts", "type": "string", "jsonPath": ".spec.hosts"}
+    address = {"name": "Address", "type": "string", "jsonPath": ".spec.address"}
+    security, networking = "security.istio.io", "networking.istio.io"
+    versions, both = ["v1", "v1beta1"], ["v1", "v1beta1", "v1alpha3"]
+    return [
+        _definition(
+            security, "AuthorizationPolicy", "authorizationpolicies", "ap", versions, _OPEN,
+            [action, _AGE],
+        ),
+        _definition(
+            security, "PeerAuthentication", "peerauthentications", "pa", versions, _OPEN,
+            [mode, _AGE],
+        ),
+        _definition(
+            security, "RequestAuthentication", "requestauthentications", "ra", versions, _OPEN,
+            [_AGE],
+        ),
+        _definition(
+            networking, "ServiceEntry", "serviceentries", "se", both, _OPEN, [hosts, _AGE]
+        ),
+        _definition(
+            networking, "WorkloadEntry", "workloadentries", "we", both, _OPEN, [address, _AGE]
+        ),
+    ]  # fmt: skip
+
+
+def _definition(
+    group: str,
+    kind: str,
+    plural: str,
+    short: str,
+    versions: list[str],
+    spec: Object,
+    columns: list[Object],
+) -> Object:
+    schema = {"type": "object", "properties": {"spec": spec, "status": _STATUS}}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{plural}.{group}",
+            "labels": {"app.kubernetes.io/part-of": "ambit"},
+        },
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {
+                "kind": kind,
+                "plural": plural,
+                "singular": kind.lower(),
+                "listKind": f"{kind}List",
+                "shortNames": [short],
+                "categories": ["ambit" if group == "ambit.dev" else "istio-io"],
+            },
+            "versions": [
+                {
+                    "name": version,
+                    "served": True,
+                    "storage": version == versions[0],
+                    "schema": {"openAPIV3Schema": schema},
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": columns,
+                }
+                for version in versions
+            ],
+        },
+    }

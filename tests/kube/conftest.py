@@ -1,0 +1,30 @@
+"""One API server for all tests of this directory; each test works in namespaces of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.kube import KubeServer, running_kube
+
+
+@pytest.fixture(scope="session")
+def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeServer]:
+    """A kube-apiserver and an etcd; skips what wants one where none has been built."""
+    directory: Path = tmp_path_factory.mktemp("kube")
+    with running_kube(directory) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _is_up(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test did to the server, the next one finds it running."""
+    yield
+    if "kube" in request.fixturenames:
+        server: KubeServer = request.getfixturevalue("kube")
+        assert server.process is not None
+        server.resume()
+        if server.process.poll() is not None:
+            server.start()

@@ -1,0 +1,502 @@
+"""`ambit install` into a real API server, and the daemons there with exactly the rights it gave.
+
+The daemons are processes with a kubeconfig of their service account; nodes and kubelets there
+are none, so pods are what the tests write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import yaml
+
+from istiod_lite.index import KINDS
+from istiod_lite.seat import LEASE
+from mesh.cli import definitions, values
+from mesh.cluster.api import Ref
+from mesh.cluster.kubernetes import KubernetesCluster
+from mesh.errors import ConfigError
+from mesh.grpc.client import open_channel
+from mesh.grpc.codec import Code, GrpcError
+from mesh.identity import SpiffeId
+from mesh.secrets import fetch_certificate
+from mesh.tls.context import control_plane_client
+from mesh.xds.client import call_metadata
+from tests.support.istiod import NAME
+from tests.support.kube import (
+    GATEWAY_API,
+    Failed,
+    KubeServer,
+    eventually_served,
+    free_port,
+    path_of,
+)
+from tests.support.watched import watched
+
+pytestmark = [pytest.mark.kube, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+HOME = "istio-system"
+CONFIG_MAP = f"/api/v1/namespaces/{HOME}/configmaps/{values.ROOT_CERTIFICATE}"
+LEASE_PATH = f"/apis/coordination.k8s.io/v1/namespaces/{HOME}/leases/{LEASE}"
+
+
+def ambit(kube: KubeServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mesh.cli", *arguments],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "KUBECONFIG": str(kube.kubeconfig()),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def installed(kube: KubeServer) -> KubeServer:
+    """The mesh, with Gateway API and the objects of a small node."""
+    for path in sorted(GATEWAY_API.glob("*.yaml")):
+        for each in yaml.safe_load_all(path.read_text()):
+            if each:
+                kube.apply(each)
+    eventually_served(kube, "/apis/gateway.networking.k8s.io/v1/gatewayclasses")
+    done = ambit(kube, "install", "--image", "example/ambit:test")
+    assert done.returncode == 0, done.stderr
+    kube.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+    kube.namespace("demo", **{"istio.io/dataplane-mode": "ambient"})
+    return kube
+
+
+def pod(namespace: str, name: str, account: str, node: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app": account}},
+        "spec": {
+            "nodeName": node,
+            "serviceAccountName": account,
+            "containers": [{"name": "c", "image": "c"}],
+        },
+    }
+
+
+def put_pod(kube: KubeServer, obj: dict[str, Any], ip: str) -> dict[str, Any]:
+    metadata = obj["metadata"]
+    account = {"name": obj["spec"]["serviceAccountName"], "namespace": metadata["namespace"]}
+    kube.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account})
+    made: dict[str, Any] = kube.apply(obj)
+    kube.set_status(
+        obj,
+        {
+            "phase": "Running",
+            "podIP": ip,
+            "podIPs": [{"ip": ip}],
+            "conditions": [{"type": "Ready", "status": "True"}],
+        },
+    )
+    return made
+
+
+def as_account(kube: KubeServer, account: str) -> KubernetesCluster:
+    token = kube.token(HOME, account, None)
+    return KubernetesCluster(kube.access(token, account))
+
+
+def test_installing_again_changes_nothing(installed: KubeServer) -> None:
+    path = f"/apis/apps/v1/namespaces/{HOME}/deployments/istiod"
+    before = installed.request("GET", path)
+    again = ambit(installed, "install", "--image", "example/ambit:test")
+    assert again.returncode == 0, again.stderr
+    after = installed.request("GET", path)
+    assert after["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]
+    assert after["spec"]["template"]["spec"]["containers"][0]["image"] == "example/ambit:test"
+
+
+def test_what_the_dry_run_prints_is_what_a_server_takes(installed: KubeServer) -> None:
+    printed = ambit(installed, "install", "--dry-run")
+    assert printed.returncode == 0
+    objects = list(yaml.safe_load_all(printed.stdout))
+    assert len(objects) > 20
+    for obj in objects:
+        namespace = obj["metadata"].get("namespace")
+        assert namespace in (None, HOME)
+        installed.request(
+            "PATCH",
+            f"{path_of(obj)}?dryRun=All&fieldManager=t&force=true&fieldValidation=Strict",
+            obj,
+            content="application/apply-patch+yaml",
+        )
+
+
+def test_istios_own_definitions_are_left_alone(installed: KubeServer) -> None:
+    name = "workloadentries.networking.istio.io"
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"
+    patch = {"metadata": {"labels": {"app.kubernetes.io/part-of": None, "release": "istio"}}}
+    content = "application/merge-patch+json"
+    before = installed.request("PATCH", path, patch, content=content)
+    assert ambit(installed, "install", "--image", "example/ambit:test").returncode == 0
+    after = installed.request("GET", path)
+    assert after["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]
+    patch = {"metadata": {"labels": {"app.kubernetes.io/part-of": "ambit", "release": None}}}
+    installed.request("PATCH", path, patch, content=content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "is_good"),
+    [
+        ("RateLimitPolicy", {"targetRefs": [{"kind": "Service", "name": "a"}], "rules": [{}]}, 1),
+        ("RateLimitPolicy", {"targetRefs": [], "rules": [{}]}, 0),
+        ("RateLimitPolicy", {"targetRefs": [{"kind": "Service"}], "rules": [{}]}, 0),
+        ("RedactionPolicy", {"targetRefs": [{"kind": "Service", "name": "a"}]}, 0),
+        ("RedactionPolicy", {"targetRefs": "a", "rules": [{}]}, 0),
+    ],
+)
+def test_our_definitions_refuse_what_makes_no_sense(
+    installed: KubeServer, kind: str, spec: dict[str, Any], is_good: int
+) -> None:
+    metadata = {"name": "p", "namespace": "demo"}
+    obj = {"apiVersion": "ambit.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
+    if is_good:
+        installed.apply(obj)
+        installed.delete(obj)
+    else:
+        with pytest.raises(Failed) as refused:
+            installed.apply(obj)
+        # 500 is what server-side apply says of a list that is none.
+        assert refused.value.code in (422, 500)
+
+
+def test_kubectl_prints_our_columns(installed: KubeServer) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    metadata = {"name": "calm", "namespace": "demo"}
+    obj = {
+        "apiVersion": "ambit.dev/v1alpha1",
+        "kind": "RateLimitPolicy",
+        "metadata": metadata,
+        "spec": {"targetRefs": [{"kind": "Service", "name": "web"}], "rules": [{}]},
+    }
+    installed.apply(obj)
+    condition = {"type": "Accepted", "status": "True", "reason": "Accepted", "message": ""}
+    installed.set_status(obj, {"conditions": [condition]})
+    done = subprocess.run(
+        [kubectl, "--kubeconfig", installed.kubeconfig(), "-n", "demo", "get", "rlp"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": os.environ["PATH"], "HOME": str(installed.directory)},
+    )
+    installed.delete(obj)
+    heading, row = done.stdout.splitlines()
+    assert heading.split() == ["NAME", "TARGET", "ACCEPTED", "AGE"]
+    assert row.split()[:3] == ["calm", "web", "True"]
+
+
+async def test_the_controllers_rights_are_enough_and_no_more(installed: KubeServer) -> None:
+    cluster = as_account(installed, "istiod")
+    async with watched(cluster, *KINDS) as watch:
+        assert watch.faults == []
+    name = values.ROOT_CERTIFICATE
+    root = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"root-cert.pem": "x"}}
+    await cluster.apply({**root, "metadata": {"name": name, "namespace": "demo"}})
+    for refused in (
+        cluster.apply({**root, "metadata": {"name": "other", "namespace": "demo"}}),
+        cluster.apply(pod("demo", "made", "sleep", "n1")),
+        cluster.get(Ref("Secret", HOME, "other")),
+        cluster.get(Ref("Secret", "demo", values.CA_SECRET)),
+        cluster.delete(Ref("Namespace", "", "demo")),
+        cluster.patch(Ref("Pod", "demo", "none"), {"metadata": {"labels": {"a": "b"}}}),
+    ):
+        with pytest.raises(ConfigError, match="forbidden"):
+            await refused
+
+
+async def test_the_agents_rights_are_enough_and_no_more(installed: KubeServer) -> None:
+    cluster = as_account(installed, "netconfig")
+    put_pod(installed, pod("demo", "mine", "sleep", "n1"), "10.0.0.5")
+    async with watched(cluster, "Pod", "Namespace") as watch:
+        assert watch.faults == []
+    await cluster.patch(Ref("Pod", "demo", "mine"), {"metadata": {"annotations": {"a": "b"}}})
+    for refused in (
+        cluster.get(Ref("Secret", HOME, values.CA_SECRET)),
+        cluster.delete(Ref("Pod", "demo", "mine")),
+        cluster.patch(Ref("Namespace", "", "demo"), {"metadata": {"labels": {"a": "b"}}}),
+    ):
+        with pytest.raises(ConfigError, match="forbidden"):
+            await refused
+
+
+async def test_the_proxy_has_no_rights_at_all(installed: KubeServer) -> None:
+    cluster = as_account(installed, "ztunnel")
+    for ref in (Ref("Pod", HOME, "x"), Ref("ConfigMap", HOME, values.ROOT_CERTIFICATE)):
+        with pytest.raises(ConfigError, match="forbidden"):
+            await cluster.get(ref)
+
+
+# -- the daemons ---------------------------------------------------------------------------
+
+
+class Daemon:
+    """A daemon as a process, with the rights of its service account."""
+
+    def __init__(self, kube: KubeServer, directory: Path, module: str, **variables: str) -> None:
+        account = {"istiod_lite": "istiod"}.get(module, module)
+        token = kube.token(HOME, account, None)
+        self.log = directory / "log"
+        self.health = free_port()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                env={
+                    "PATH": os.environ["PATH"],
+                    "PYTHONPATH": str(ROOT),
+                    "CLUSTER_SOURCE": "kubernetes",
+                    "KUBECONFIG": str(kube.kubeconfig(token, f"{account}-{self.health}")),
+                    "LOG_FORMAT": "json",
+                    **variables,
+                    **self._ports(module),
+                },
+                stdout=log,
+                stderr=log,
+            )
+
+    def _ports(self, module: str) -> dict[str, str]:
+        if module == "netconfig":
+            return {"HEALTH_PORT": str(self.health), "MONITORING_PORT": "0"}
+        return {"MONITORING_PORT": str(self.health)}
+
+    def wait_ready(self, path: str, seconds: float = 90.0) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{self.health}{path}", timeout=5
+                ) as answer:
+                    assert answer.status == 200
+                    return
+            except (OSError, urllib.error.HTTPError):
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.1)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def start_istiod(kube: KubeServer, directory: Path, name: str) -> tuple[Daemon, int]:
+    directory = directory / name
+    directory.mkdir()
+    port = free_port()
+    daemon = Daemon(
+        kube,
+        directory,
+        "istiod_lite",
+        CA_DIR=str(directory / "ca"),
+        CA_SECRET=values.CA_SECRET,
+        CA_TRUSTED_NODE_ACCOUNTS=f"{HOME}/ztunnel",
+        POD_NAME=name,
+        XDS_PORT=str(port),
+        XDS_HOST="127.0.0.1",
+    )
+    return daemon, port
+
+
+@pytest.fixture
+def replicas(installed: KubeServer, tmp_path: Path) -> Iterator[list[tuple[Daemon, int]]]:
+    """Two controllers of the same mesh, ready."""
+    both = [start_istiod(installed, tmp_path, f"istiod-{number}") for number in range(2)]
+    try:
+        for daemon, _ in both:
+            daemon.wait_ready("/ready")
+        yield both
+    finally:
+        for daemon, _ in both:
+            daemon.end()
+
+
+def eventually(check: Any, seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := check()):
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.1)
+    return found
+
+
+def leader(kube: KubeServer) -> str:
+    try:
+        return str(kube.request("GET", LEASE_PATH)["spec"].get("holderIdentity") or "")
+    except (Failed, OSError):
+        return ""
+
+
+async def test_who_gets_which_certificate(
+    installed: KubeServer, replicas: list[tuple[Daemon, int]]
+) -> None:
+    kube = installed
+    put_pod(kube, pod("demo", "sleep", "sleep", "n1"), "10.0.0.1")
+    put_pod(kube, pod("demo", "far", "far", "n2"), "10.0.0.2")
+    proxy = put_pod(kube, pod(HOME, "ztunnel-1", "ztunnel", "n1"), "10.0.0.3")
+    app = kube.request("GET", "/api/v1/namespaces/demo/pods/sleep")
+    root = eventually(lambda: kube.request("GET", CONFIG_MAP))["data"]["root-cert.pem"].encode()
+    sleep = SpiffeId("cluster.local", "demo", "sleep")
+    far = SpiffeId("cluster.local", "demo", "far")
+    bound = kube.token(HOME, "ztunnel", proxy, "istio-ca")
+
+    def channel(port: int, token: str):
+        metadata = call_metadata(token, "Kubernetes")
+        return lambda: open_channel("127.0.0.1", port, control_plane_client(root), NAME, metadata)
+
+    # Each replica signs for the same root.
+    for _, port in replicas:
+        with trio.fail_after(60):
+            while True:
+                try:
+                    certificate = await fetch_certificate(channel(port, bound), sleep, 600)
+                    break
+                except GrpcError:  # the watch may not have told the pods yet
+                    await trio.sleep(0.1)
+        assert certificate.identity == sleep
+        assert certificate.roots_pem.strip() == root.strip()
+    for wanted, token in (
+        (far, bound),
+        (sleep, kube.token(HOME, "ztunnel", None, "istio-ca")),
+        (sleep, kube.token(HOME, "ztunnel", proxy, "another-audience")),
+        (sleep, kube.token("demo", "sleep", app, "istio-ca")),
+        (sleep, bound[:-8] + "AAAAAAAA"),
+    ):
+        with pytest.raises(GrpcError) as refused:
+            await fetch_certificate(channel(replicas[0][1], token), wanted, 600)
+        assert refused.value.code == Code.UNAUTHENTICATED
+    # The pod is gone, and so is what its token was worth, as soon as the answer is forgotten.
+    kube.delete(proxy)
+    with trio.fail_after(60):
+        while True:
+            try:
+                await fetch_certificate(channel(replicas[1][1], bound), sleep, 600)
+            except GrpcError:
+                break
+            await trio.sleep(0.2)
+    for daemon, _ in replicas:
+        said = daemon.log.read_text()
+        assert bound[-40:] not in said
+        assert '"level": "error"' not in said
+
+
+def test_one_replica_writes_and_another_takes_over(
+    installed: KubeServer, replicas: list[tuple[Daemon, int]]
+) -> None:
+    kube = installed
+    holder = eventually(lambda: leader(kube))
+    number = int(holder.split("_")[0].removeprefix("istiod-"))
+    other = f"istiod-{1 - number}_"
+    # A clean end gives the lease back; it need not run out.
+    replicas[number][0].end()
+    eventually(lambda: leader(kube).startswith(other))
+    kube.request("DELETE", CONFIG_MAP)
+    kube.namespace("new")
+    path = f"/api/v1/namespaces/new/configmaps/{values.ROOT_CERTIFICATE}"
+    found = eventually_served(kube, path)
+    assert "BEGIN CERTIFICATE" in found["data"]["root-cert.pem"]
+
+
+def test_a_controller_without_an_api_server_goes_on(
+    installed: KubeServer, replicas: list[tuple[Daemon, int]]
+) -> None:
+    kube = installed
+    eventually(lambda: leader(kube))
+    kube.stop()
+    try:
+        for daemon, _ in replicas:
+            eventually(lambda daemon=daemon: "watch_interrupted" in daemon.log.read_text())
+            daemon.wait_ready("/ready")
+    finally:
+        kube.start()
+    kube.namespace("later")
+    eventually_served(kube, f"/api/v1/namespaces/later/configmaps/{values.ROOT_CERTIFICATE}")
+
+
+def test_the_agent_runs_with_its_rights(installed: KubeServer, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the node agent needs root")
+    kube = installed
+    made = put_pod(kube, pod("demo", "captive", "sleep", "n1"), "10.0.0.9")
+    sandbox = subprocess.Popen(["unshare", "--net", "sleep", "600"])
+    # As a kubelet's runtime would mount it.
+    (tmp_path / made["metadata"]["uid"]).symlink_to(f"/proc/{sandbox.pid}/ns/net")
+    daemon = Daemon(
+        kube,
+        tmp_path,
+        "netconfig",
+        NODE_NAME="n1",
+        NETNS_DIR=str(tmp_path),
+        ZTUNNEL_UDS_ADDRESS=str(tmp_path / "zds.sock"),
+        CNI_AGENT_RUN_DIR=str(tmp_path / "cni"),
+    )
+    try:
+        daemon.wait_ready("/readyz")
+
+        def annotation() -> str:
+            obj = kube.request("GET", "/api/v1/namespaces/demo/pods/captive")
+            return str(obj["metadata"].get("annotations", {}).get("ambient.istio.io/redirection"))
+
+        # There is no node proxy to hand it to.
+        assert eventually(lambda: annotation() != "None" and annotation()) == "pending"
+    finally:
+        daemon.end()
+        sandbox.kill()
+        sandbox.wait()
+
+
+def test_uninstalling_refuses_to_cut_pods_off(installed: KubeServer) -> None:
+    refused = ambit(installed, "uninstall")
+    assert refused.returncode == 2
+    assert "demo" in refused.stderr
+    content = "application/merge-patch+json"
+    patch = {"metadata": {"labels": {"istio.io/dataplane-mode": None}}}
+    try:
+        installed.request("PATCH", "/api/v1/namespaces/demo", patch, content=content)
+        done = ambit(installed, "uninstall")
+        assert done.returncode == 0, done.stderr
+        _check_uninstalled(installed)
+    finally:
+        # For the tests that come after this one.
+        again = ambit(installed, "install", "--image", "example/ambit:test")
+        installed.namespace("demo", **{"istio.io/dataplane-mode": "ambient"})
+    assert again.returncode == 0, again.stderr
+
+
+def _check_uninstalled(installed: KubeServer) -> None:
+    for path in (
+        f"/apis/apps/v1/namespaces/{HOME}/deployments/istiod",
+        "/apis/rbac.authorization.k8s.io/v1/clusterroles/ambit-istiod",
+    ):
+        with pytest.raises(Failed) as gone:
+            installed.request("GET", path)
+        assert gone.value.code == 404
+    # The root's key and everybody's policies are not what an uninstall takes away.
+    for definition in definitions.ours():
+        name = definition["metadata"]["name"]
+        installed.request("GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
+    installed.request("GET", f"/api/v1/namespaces/{HOME}")

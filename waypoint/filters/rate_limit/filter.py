@@ -1,0 +1,188 @@
+"""RateLimitPolicy (ambit.dev/v1alpha1): who asks too much is told to wait.
+
+Each rule that concerns a request takes from that rule's bucket for the caller's key; one bucket
+that is over refuses the request, 429 or RESOURCE_EXHAUSTED, with Retry-After. Buckets of a refused
+request keep what it took from the others: a caller who is over does not get the rest for free.
+
+`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers) tell of the rule with the
+least left. Limits are this process's own; a policy that asks for a shared store is refused here, so
+that nobody relies on a sum that is not kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.errors import ConfigError
+from mesh.model.l7_policy import RateLimitKey, RateLimitPolicy, RateLimitRule
+from waypoint.filters.chain import Pair, PassingFilter, Request, Respond, Response, Verdict
+from waypoint.filters.condition import Test, compile_condition
+from waypoint.filters.rate_limit import gcra
+from waypoint.filters.rate_limit.gcra import Rate
+from waypoint.filters.rate_limit.local import Buckets, Key
+
+GRPC_RESOURCE_EXHAUSTED: Final = 8
+MAX_KEY_BYTES: Final = 256
+_NOTE: Final = "rate_limit.headers"
+_MOST_SECONDS: Final = 86_400 * 366
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    policy: str
+    rule: RateLimitRule
+    concerns: Test
+    parts: tuple[Callable[[Request], str], ...]
+    rate: Rate
+    overrides: dict[Key, Rate]
+    buckets: Buckets
+    advertised: bool
+
+    def key_of(self, request: Request) -> Key:
+        return tuple(part(request)[:MAX_KEY_BYTES] for part in self.parts)
+
+    def cost_of(self, request: Request) -> int:
+        if self.rule.cost_header:
+            said = request.headers.get(self.rule.cost_header.lower().encode())
+            # What the caller says of itself may cost more than the rule says, never less.
+            if said is not None and said.isdigit() and len(said) <= 9:
+                return max(self.rule.cost, int(said))
+        return self.rule.cost
+
+
+class RateLimits(PassingFilter):
+    """The rate limits of one service. `problem` policies refuse what they target."""
+
+    name = "RateLimitPolicy"
+
+    def __init__(self, policies: Iterable[RateLimitPolicy]) -> None:
+        self._rules: list[_Rule] = []
+        self._broken: Respond | None = None
+        for policy in policies:
+            key = f"{policy.namespace}/{policy.name}"
+            try:
+                self._rules += _compile(key, policy)
+            except ConfigError as error:
+                self._broken = self._broken or Respond(
+                    500, flag="NC", policy=key, reason=f"it cannot be kept: {error}"
+                )
+
+    def on_request(self, request: Request) -> Verdict:
+        """Take from the buckets, or refuse."""
+        if self._broken is not None:
+            return self._broken
+        tightest: tuple[float, _Rule, Rate, gcra.Verdict] | None = None
+        refused: tuple[_Rule, Rate, gcra.Verdict] | None = None
+        for each in self._rules:
+            if not each.concerns(request):
+                continue
+            key = each.key_of(request)
+            rate = each.overrides.get(key, each.rate)
+            verdict = each.buckets.hit(key, request.now, rate, each.cost_of(request))
+            if each.rule.is_shadow:
+                if not verdict.is_allowed:
+                    shadowed = request.notes.setdefault("rate_limit.shadow", [])
+                    shadowed.append(f"{each.policy} {each.rule.name}")
+                continue
+            if not verdict.is_allowed and (
+                refused is None or verdict.retry_seconds > refused[2].retry_seconds
+            ):
+                refused = (each, rate, verdict)
+            share = verdict.remaining / max(1, rate.burst)
+            if each.advertised and (tightest is None or share < tightest[0]):
+                tightest = (share, each, rate, verdict)
+        if refused is not None:
+            return _refusal(*refused)
+        if tightest is not None:
+            request.notes[_NOTE] = _headers(*tightest[1:])
+        return None
+
+    def on_response(self, request: Request, response: Response) -> Respond | None:
+        """Tell what is left, unless the origin has told something itself."""
+        headers = request.notes.get(_NOTE)
+        if headers is not None and response.headers.get(b"ratelimit") is None:
+            for name, value in headers:
+                response.headers.add(name, value)
+        return None
+
+
+def _compile(key: str, policy: RateLimitPolicy) -> list[_Rule]:
+    if policy.problem:
+        raise ConfigError(policy.problem)
+    if policy.shared.kind != "Local":
+        raise ConfigError(f"limits shared through {policy.shared.kind} are not kept here")
+    return [_compile_rule(key, policy, rule) for rule in policy.rules]
+
+
+def _compile_rule(key: str, policy: RateLimitPolicy, rule: RateLimitRule) -> _Rule:
+    if not 0 < rule.window_seconds <= _MOST_SECONDS:
+        raise ConfigError("must be more than nothing, and a year at most", field="window")
+    if rule.requests < 0 or rule.burst < 0 or rule.cost < 0:
+        raise ConfigError("must not be negative", field="requests")
+
+    def rate(requests: int) -> Rate:
+        return Rate(requests, rule.window_seconds, rule.burst or max(1, requests))
+
+    return _Rule(
+        policy=key,
+        rule=rule,
+        concerns=compile_condition(rule.condition),
+        parts=tuple(_part(part) for part in rule.keys),
+        rate=rate(rule.requests),
+        overrides={each.key: rate(each.requests) for each in rule.overrides},
+        buckets=Buckets(),
+        advertised=policy.sends_headers,
+    )
+
+
+def _part(part: RateLimitKey) -> Callable[[Request], str]:
+    name = part.name.lower().encode()
+    match part.kind:
+        case "Identity":
+            return lambda request: str(request.source or "")
+        case "Namespace":
+            return lambda request: request.source.namespace if request.source else ""
+        case "SourceIP":
+            return lambda request: request.remote_ip or request.source_ip
+        case "Header":
+            return lambda request: (request.headers.get(name) or b"").decode("latin-1")
+        case "Path":
+            return lambda request: request.path.decode("latin-1")
+        case "Method":
+            return lambda request: request.method.decode("latin-1")
+        case "Host":
+            return lambda request: request.authority.lower().decode("latin-1")
+        case "Claim":
+            claim = part.name
+            return lambda request: str((request.claims or {}).get(claim, ""))
+
+
+def _refusal(rule: _Rule, rate: Rate, verdict: gcra.Verdict) -> Respond:
+    headers: list[Pair] = list(_headers(rule, rate, verdict)) if rule.advertised else []
+    if verdict.retry_seconds != gcra.NEVER:
+        wait = max(1, math.ceil(verdict.retry_seconds))
+        headers.append((b"retry-after", str(wait).encode()))
+    return Respond(
+        429,
+        b"rate limit exceeded",
+        tuple(headers),
+        flag="RL",
+        policy=rule.policy,
+        rule=rule.rule.name,
+        reason=f"more than {rate.requests} in {rate.window_seconds:g} s",
+        grpc_status=GRPC_RESOURCE_EXHAUSTED,
+    )
+
+
+def _headers(rule: _Rule, rate: Rate, verdict: gcra.Verdict) -> tuple[Pair, ...]:
+    name = rule.rule.name.replace("\\", "").replace('"', "").encode("ascii", "replace")
+    window = max(1, math.ceil(rate.window_seconds))
+    told = b'"%s";q=%d;w=%d' % (name, rate.requests, window)
+    until = verdict.retry_seconds if not verdict.is_allowed else verdict.reset_seconds
+    left = b'"%s";r=%d' % (name, verdict.remaining)
+    if until != gcra.NEVER:
+        left += b";t=%d" % math.ceil(until)
+    return ((b"ratelimit-policy", told), (b"ratelimit", left))
