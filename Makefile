@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 ARGS ?=
 PYTHON_BIN := .venv/bin/python
-CONFIGS := istiod_lite.config netconfig.config ztunnel.config
+CONFIGS := istiod_lite.config netconfig.config waypoint.config ztunnel.config
 
 .PHONY: help demo test check kube bench fmt docs manifests lock
 

@@ -5,6 +5,11 @@ root signs the intermediate and nothing else; the intermediate signs leafs. `sig
 nothing in a request except the proof that the asker holds the key: the SAN comes from the
 identity that was authorised, subject and extensions of the request are ignored.
 
+A root is exchanged in three steps, each followed by a restart: its successor is added to
+`extra-roots.pem`, so that everybody comes to trust both; when every certificate was renewed
+once, the successor's four files take the place of the old ones, and the old root that in
+`extra-roots.pem`; and when every certificate was renewed again, `extra-roots.pem` goes.
+
 Who may ask for what is not decided here (`istiod_lite.authenticate`).
 """
 
@@ -38,6 +43,8 @@ _INTERMEDIATE_SECONDS = 1825 * DAY_SECONDS
 _SERVING_SECONDS = 365 * DAY_SECONDS
 _MIN_RSA_BITS, _MAX_RSA_BITS = 2048, 8192
 FILES = ("root-cert.pem", "root-key.pem", "ca-cert.pem", "ca-key.pem")
+EXTRA_ROOTS = "extra-roots.pem"
+MAXEXTRA_ROOTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,11 @@ class _Signer:
 class Authority:
     """Signs for one trust domain. Made by `create` or `open_authority`."""
 
-    def __init__(self, trust_domain: str, root: _Signer, intermediate: _Signer) -> None:
+    def __init__(
+        self, trust_domain: str, root: _Signer, intermediate: _Signer, extra_roots: str = ""
+    ) -> None:
         self.trust_domain = trust_domain
+        self._extra_roots = extra_roots
         self._root = root
         self._intermediate = intermediate
 
@@ -70,8 +80,8 @@ class Authority:
 
     @property
     def root_pem(self) -> bytes:
-        """What everyone in the mesh trusts."""
-        return self._root.pem.encode()
+        """What everyone in the mesh trusts: our root, and while roots are exchanged others."""
+        return (self._root.pem + self._extra_roots).encode()
 
     def save(self, directory: Path) -> None:
         """Write keys and certificates, files 0600. Raises OSError."""
@@ -79,7 +89,7 @@ class Authority:
         _store(directory, "ca", self._intermediate)
 
     def sign(self, csr: bytes, identity: SpiffeId, ttl_seconds: float, now: float) -> list[str]:
-        """[leaf, intermediate, root] in PEM for the key in `csr` (PKCS#10 PEM) and `identity`.
+        """[leaf, intermediate, roots] in PEM for the key in `csr` (PKCS#10 PEM) and `identity`.
 
         A `ttl_seconds` of 0 or less means 24 hours; the end is clamped to the signer's.
         Raises RemoteProtocolError for a request that is unreadable, unproven or too long.
@@ -91,7 +101,7 @@ class Authority:
         uri = x509.UniformResourceIdentifier(str(identity))
         leaf = self._leaf(public_key, x509.SubjectAlternativeName([uri]), ttl, now)
         pem = leaf.public_bytes(serialization.Encoding.PEM).decode()
-        return [pem, self._intermediate.pem, self._root.pem]
+        return [pem, self._intermediate.pem, self.root_pem.decode()]
 
     def serving_certificate(self, names: Sequence[str], now: float) -> tuple[bytes, bytes]:
         """(chain PEM, key PEM) for a server of these DNS names and IP addresses, one year.
@@ -163,11 +173,32 @@ def open_authority(directory: Path, trust_domain: str, now: float) -> Authority:
         if intermediate.not_after - now < _INTERMEDIATE_SECONDS / 10:
             intermediate = _new_intermediate(trust_domain, root, now)
             _store(directory, "ca", intermediate)
+        extra_roots = _load_extra_roots(directory / EXTRA_ROOTS)
     except OSError as exc:
         raise ConfigError(
             f"the authority's directory cannot be used: {exc.strerror}", file=str(directory)
         ) from exc
-    return Authority(trust_domain, root, intermediate)
+    return Authority(trust_domain, root, intermediate, extra_roots)
+
+
+def _load_extra_roots(path: Path) -> str:
+    """The other roots to trust, in PEM, empty without a file. Raises ConfigError, OSError."""
+    if not path.exists():
+        return ""
+    try:
+        roots = x509.load_pem_x509_certificates(path.read_bytes())
+        are_roots = all(
+            each.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+            for each in roots
+        )
+    except (ValueError, x509.ExtensionNotFound) as exc:
+        raise ConfigError(f"extra-roots.pem cannot be read: {exc}", file=str(path)) from exc
+    if not are_roots or len(roots) > MAXEXTRA_ROOTS:
+        raise ConfigError(
+            f"extra-roots.pem must hold certificates of authorities, at most {MAXEXTRA_ROOTS}",
+            file=str(path),
+        )
+    return "".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in roots)
 
 
 def _proven_key(csr: bytes) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:

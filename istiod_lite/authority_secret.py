@@ -3,6 +3,7 @@
 The Secret is the truth and a directory the working copy: what the Secret holds is written
 out for `open_authority`; the first replica ever makes new keys and creates the Secret, and
 whoever loses that race takes the winner's. An intermediate that was renewed is stored back.
+While roots are exchanged (`istiod_lite.authority`), the Secret holds `extra-roots.pem`, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from istiod_lite.authority import FILES, Authority, open_authority
+from istiod_lite.authority import EXTRA_ROOTS, FILES, Authority, open_authority
 from mesh.cluster.api import Conflict, Object, Ref, VersionedCluster
 from mesh.errors import ConfigError
 from mesh.runtime import log
@@ -37,7 +38,8 @@ async def open_shared_authority(
             held = _held(found, ref)
             _write_all(directory, held)
         authority = open_authority(directory, trust_domain, now)
-        wanted = {name: (directory / name).read_bytes() for name in FILES}
+        kept = (*FILES, *([EXTRA_ROOTS] if (directory / EXTRA_ROOTS).exists() else []))
+        wanted = {name: (directory / name).read_bytes() for name in kept}
         if found is not None and wanted == held:
             return authority
         try:
@@ -56,7 +58,8 @@ async def open_shared_authority(
 def _held(secret: Mapping[str, Any], ref: Ref) -> dict[str, bytes]:
     data = secret.get("data")
     held = {}
-    for name in FILES:
+    has_extra = isinstance(data, Mapping) and EXTRA_ROOTS in data
+    for name in (*FILES, *([EXTRA_ROOTS] if has_extra else [])):
         text = data.get(name) if isinstance(data, Mapping) else None
         try:
             held[name] = base64.b64decode(text or "", validate=True)
@@ -85,6 +88,7 @@ def _secret(ref: Ref, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -
 def _write_all(directory: Path, files: Mapping[str, bytes]) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (directory / EXTRA_ROOTS).unlink(missing_ok=True)
         for name, content in files.items():
             path = directory / name
             path.unlink(missing_ok=True)

@@ -87,7 +87,10 @@ def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
         new["parents"] = _parents(status.get("parents"), fragment.parents, generation, now)
     else:
         old = _list(status.get("conditions"))
-        foreign = [each for each in old if each.get("type") not in OURS]
+        # On a Service only names with our domains are ours: others have an Accepted, too.
+        is_service = live.get("kind") == "Service"
+        ours = {each for each in OURS if not is_service or "/" in each}
+        foreign = [each for each in old if each.get("type") not in ours]
         new["conditions"] = foreign + _conditions(old, fragment.conditions, generation, now)
     if fragment.addresses:
         new["addresses"] = [{"type": kind, "value": value} for kind, value in fragment.addresses]

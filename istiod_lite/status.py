@@ -8,7 +8,7 @@ are Istio's and Gateway API's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
 from istiod_lite import bindings, guards
@@ -38,29 +38,36 @@ from mesh.xds.translate import AUTHORIZATION_TYPE
 #: How many proxies hold all of these resources: type, names, account (empty for any).
 Shares = Callable[[str, Collection[str], str], Share]
 
+_ON_SERVICES = frozenset((WAYPOINT_BOUND, WAYPOINT_REQUIRED))
 _L7 = (AuthorizationPolicy, RequestAuthentication, RateLimitPolicy, RedactionPolicy)
 
 
 def statuses(index: ClusterIndex, shares: Shares) -> dict[Ref, Fragment]:
     """Our part of the status of every object that has one."""
-    found: dict[Ref, Fragment] = {}
-    for gateway in index.inventory.all(Gateway):
+    return dict(each_status(index, shares))
+
+
+def each_status(index: ClusterIndex, shares: Shares) -> Iterator[tuple[Ref, Fragment]]:
+    """The same one by one; the index may change between them."""
+    inventory = index.inventory
+    for gateway in list(inventory.all(Gateway)):
         if gateway.is_waypoint:
-            found[gateway.ref] = _gateway(index, gateway, shares)
-    for service in index.inventory.all(Service):
-        if conditions := _service(index, service):
-            found[service.ref] = Fragment(conditions)
+            yield gateway.ref, _gateway(index, gateway, shares)
+    for service in list(inventory.all(Service)):
+        # What was said before we started, and no longer holds, is taken back too.
+        conditions = _service(index, service)
+        if conditions or not _ON_SERVICES.isdisjoint(service.conditions):
+            yield service.ref, Fragment(conditions)
     for kind in ROUTES:
-        for route in index.inventory.all(kind):
+        for route in list(inventory.all(kind)):
             if parents := _route(index, route, shares):
-                found[route.ref] = Fragment(parents=parents)
+                yield route.ref, Fragment(parents=parents)
     for each in _L7:
-        for policy in index.inventory.all(each):
+        for policy in list(inventory.all(each)):
             if conditions := _policy(index, policy.ref, policy, shares):
-                found[policy.ref] = Fragment(conditions)
-    for ref in index.traffic.unreadable():
-        found[ref] = Fragment(_twice(ref, _unreadable(index, ref, WAYPOINT_ACCEPTED)))
-    return found
+                yield policy.ref, Fragment(conditions)
+    for ref in list(index.traffic.unreadable()):
+        yield ref, Fragment(_twice(ref, _unreadable(index, ref, WAYPOINT_ACCEPTED)))
 
 
 def _errors(index: ClusterIndex, ref: Ref) -> str:

@@ -20,7 +20,9 @@ from mesh.errors import ConfigError, Unavailable
 from mesh.runtime import log
 
 GATHER_SECONDS = 0.2
+MOST_SECONDS = 5.0
 _RETRY_SECONDS = 2.0
+_AT_ONCE = 20
 
 _log = log.get(__name__)
 
@@ -44,6 +46,7 @@ class StatusWriter:
         self._written = {}  # another may have written since we did
         while True:
             self._look = trio.Event()
+            started = trio.current_time()
             try:
                 await self._write(cluster)
             except Unavailable as exc:
@@ -53,11 +56,19 @@ class StatusWriter:
             except ConfigError as exc:
                 _log.error("status_not_written", reason=str(exc), hint=exc.hint)
                 return
+            spent = trio.current_time() - started
             await self._look.wait()
-            await trio.sleep(GATHER_SECONDS)
+            # The larger the mesh, the rarer.
+            await trio.sleep(min(max(GATHER_SECONDS, 10.0 * spent), MOST_SECONDS))
 
     async def _write(self, cluster: Cluster) -> None:
-        current = status.statuses(self._index, self._ads.share)
+        current: dict[Ref, Fragment] = {}
+        for number, (ref, fragment) in enumerate(
+            status.each_status(self._index, self._ads.share), 1
+        ):
+            current[ref] = fragment
+            if number % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()  # pushes to proxies go before this
         for ref, fragment in list(status.changed(self._written, current)):
             live = await cluster.get(ref)
             if live is not None:

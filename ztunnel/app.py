@@ -32,10 +32,10 @@ from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tracing import Tracer, open_tracer
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.xds.client import TYPES, NodeInfo, run_xds
+from mesh.xds.endpoint import Endpoint, parse_address
 from ztunnel.admin import make_admin, serve_pages
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Connections, Judges
-from ztunnel.control import Endpoint, parse_address
 from ztunnel.dns import read_resolv_conf
 from ztunnel.dns_plan import Names
 from ztunnel.monitoring import Gauges
@@ -77,7 +77,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             await nursery.start(serve_pages, pages, doors, nursery)
             start(reactor.run)
             start(access.run)
-            start(metrics.expire_idle, tcp_metrics)
+            start(metrics.expire_idle, tcp_metrics, node.dns_metrics)
             start(metrics.watch_loop_lag, registry)
             if tracer is not None:
                 start(tracer.run)

@@ -7,7 +7,6 @@ waking those who wait for the Store to learn something.
 from __future__ import annotations
 
 import random
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,15 +14,13 @@ from typing import TypeVar
 import trio
 
 from mesh.http.receive_windows import WindowBudget
-from mesh.identity import SpiffeId
 from mesh.model.store import Store
 from mesh.reactor import Reactor
 from mesh.runtime.metrics import DnsMetrics
 from mesh.runtime.tracing import Tracer
 from mesh.secrets import SecretManager
 from mesh.sockets import SocketAddress
-from mesh.tls import context as tls
-from mesh.tls.certificate import Certificate
+from mesh.tls.contexts import TlsContexts
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Connections, Judges
 from ztunnel.dns_plan import Names
@@ -55,38 +52,6 @@ class StoreWatch:
                 await self._changed.wait()
                 found = lookup()
         return found
-
-
-class TlsContexts:
-    """TLS contexts by identity, rebuilt when the certificate behind them was renewed."""
-
-    def __init__(self) -> None:
-        self._servers: dict[SpiffeId, tuple[Certificate, ssl.SSLContext]] = {}
-        self._clients: dict[SpiffeId, tuple[Certificate, ssl.SSLContext]] = {}
-
-    def server(self, certificate: Certificate) -> ssl.SSLContext:
-        """For accepting tunnels. Raises IdentityError."""
-        return _kept(self._servers, certificate, tls.server_context)
-
-    def client(self, certificate: Certificate) -> ssl.SSLContext:
-        """For dialling tunnels. Raises IdentityError."""
-        return _kept(self._clients, certificate, tls.client_context)
-
-    def forget(self, identity: SpiffeId) -> None:
-        """Its certificate was dropped."""
-        self._servers.pop(identity, None)
-        self._clients.pop(identity, None)
-
-
-def _kept(
-    contexts: dict[SpiffeId, tuple[Certificate, ssl.SSLContext]],
-    certificate: Certificate,
-    make: Callable[[Certificate], ssl.SSLContext],
-) -> ssl.SSLContext:
-    kept = contexts.get(certificate.identity)
-    if kept is None or kept[0] is not certificate:
-        kept = contexts[certificate.identity] = (certificate, make(certificate))
-    return kept[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,9 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service(Metadata):
-    """A Kubernetes Service. `cluster_ips` is empty when it is headless or external."""
+    """A Kubernetes Service. `cluster_ips` is empty when it is headless or external; `conditions`
+    are the types of those in its status.
+    """
 
     type: str = "ClusterIP"
     cluster_ips: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class Service(Metadata):
     publish_not_ready_addresses: bool = False
     internal_traffic_policy: str = "Cluster"
     traffic_distribution: str = ""
+    conditions: tuple[str, ...] = ()
 
     def selects(self, labels: Mapping[str, str]) -> bool:
         """Whether a pod of these labels (same namespace) is behind it; no selector, no pod."""
@@ -269,6 +272,9 @@ def parse_service(obj: Object) -> Service:
             ("Cluster", "Local"), "Cluster"
         ),
         traffic_distribution=spec.get("trafficDistribution").text(),
+        conditions=tuple(
+            each.get("type").text() for each in Reader(obj).at("status", "conditions").items()
+        ),
     )
 
 

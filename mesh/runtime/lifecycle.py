@@ -227,6 +227,14 @@ def report_bug(name: str, exc: BaseException, **fields: object) -> None:
     _log.error("bug", where=name, exc_info=exc, **fields)
 
 
+def call(name: str, fn: Callable[[], object]) -> None:
+    """Call back; a bug in `fn` is logged and ends only this call."""
+    try:
+        fn()
+    except Exception as exc:
+        report_bug(name, exc)
+
+
 async def supervise(name: str, fn: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
     """Run one connection's task, so that a bug in it ends that connection only.
 

@@ -11,6 +11,7 @@ server, `sent` is server to client.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ Reporter = Literal["source", "destination", "waypoint"]
 UNKNOWN = "unknown"
 OVERFLOW = "overflow"
 MAX_LABEL_SETS = 1000
+MAX_URLS = 16
 IDLE_SECONDS = 900.0
 LAG_INTERVAL_SECONDS = 0.5
 LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
@@ -88,6 +90,9 @@ def tcp_directions(reporter: Reporter, to_tunnel: int, from_tunnel: int) -> tupl
     what went into the tunnel.)
     """
     return (from_tunnel, to_tunnel) if reporter == "source" else (to_tunnel, from_tunnel)
+
+
+_MAX_RECENT = 512
 
 
 class _TcpSeries:
@@ -151,6 +156,8 @@ class TcpMetrics:
         self._idle = idle_seconds
         self._clock = clock
         self._series: dict[TcpLabels, _TcpSeries] = {}
+        # The same by the labels' id, because hashing 25 of them costs more than counting does.
+        self._recent: dict[int, tuple[TcpLabels, _TcpSeries]] = {}
         self._next_expiry = 0.0
 
     def opened(self, labels: TcpLabels) -> None:
@@ -193,6 +200,8 @@ class TcpMetrics:
             for labels, one in self._series.items()
             if not one.open_now and one.last_used < now - self._idle
         ]
+        if stale:
+            self._recent.clear()
         for labels in stale:
             del self._series[labels]
             values = _values(labels)
@@ -202,9 +211,15 @@ class TcpMetrics:
         return len(stale)
 
     def _find(self, labels: TcpLabels) -> _TcpSeries:
-        series = self._series.get(labels)
-        if series is None:
-            series = self._add(labels)
+        recent = self._recent.get(id(labels))
+        if recent is not None:
+            series = recent[1]
+        else:
+            found = self._series.get(labels)
+            series = self._add(labels) if found is None else found
+            if len(self._recent) >= _MAX_RECENT:
+                self._recent.clear()
+            self._recent[id(labels)] = (labels, series)
         series.last_used = self._clock()
         return series
 
@@ -264,6 +279,7 @@ class XdsMetrics:
             "Seconds since the control plane said anything; since the start before that",
             registry=registry,
         )
+        self._urls: set[str] = set()
         self._heard = time.monotonic()
         age.set_function(lambda: time.monotonic() - self._heard)
 
@@ -278,6 +294,7 @@ class XdsMetrics:
 
     def message(self, url: str, size_bytes: int) -> None:
         """One response arrived."""
+        url = self._bounded(url)
         self._messages.labels(url).inc()
         self._bytes.labels(url).inc(size_bytes)
         self._last.labels(url).set_to_current_time()
@@ -285,7 +302,14 @@ class XdsMetrics:
 
     def rejected(self, url: str) -> None:
         """One response was answered with NACK."""
-        self._rejected.labels(url).inc()
+        self._rejected.labels(self._bounded(url)).inc()
+
+    def _bounded(self, url: str) -> str:
+        """The first few as they are: a server may write anything there."""
+        if url not in self._urls and len(self._urls) >= MAX_URLS:
+            return OVERFLOW
+        self._urls.add(url)
+        return url
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,9 +323,16 @@ class DnsLabels:
 
 
 class DnsMetrics:
-    """Questions to the DNS capture and to its upstream resolvers."""
+    """Questions to the DNS capture and to its upstream resolvers; bounded as `TcpMetrics`."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        max_label_sets: int = MAX_LABEL_SETS,
+        idle_seconds: float = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         names = tuple(field.name for field in dataclasses.fields(DnsLabels))
 
         def counter(name: str, doc: str) -> Counter:
@@ -319,18 +350,40 @@ class DnsMetrics:
             buckets=(0.0005, 0.001, 0.01, 0.1, 1.0, 5.0),
             registry=registry,
         )
+        self._max = max_label_sets
+        self._idle = idle_seconds
+        self._clock = clock
+        self._last_used: dict[tuple[str, ...], float] = {}
 
     def request(self, labels: DnsLabels) -> None:
         """A question came in."""
-        self._requests.labels(*dataclasses.astuple(labels)).inc()
+        self._requests.labels(*self._values(labels)).inc()
 
     def upstream(self, labels: DnsLabels, seconds: float, *, failed: bool = False) -> None:
         """A question was forwarded and answered, or given up, after `seconds`."""
-        values = dataclasses.astuple(labels)
+        values = self._values(labels)
         self._upstream.labels(*values).inc()
         self._seconds.labels(*values).observe(seconds)
         if failed:
             self._failures.labels(*values).inc()
+
+    def expire(self) -> int:
+        """Forget label sets that were not touched for `idle_seconds`; returns how many."""
+        oldest = self._clock() - self._idle
+        stale = [values for values, used in self._last_used.items() if used < oldest]
+        for values in stale:
+            del self._last_used[values]
+            for each in (self._requests, self._upstream, self._failures, self._seconds):
+                with contextlib.suppress(KeyError):  # not every question goes upstream
+                    each.remove(*values)
+        return len(stale)
+
+    def _values(self, labels: DnsLabels) -> tuple[str, ...]:
+        values = dataclasses.astuple(labels)
+        if values not in self._last_used and len(self._last_used) >= self._max:
+            values = (labels.request_query_type, labels.request_protocol, OVERFLOW, OVERFLOW)
+        self._last_used[values] = self._clock()
+        return values
 
 
 class WorkloadManagerMetrics:
@@ -385,7 +438,7 @@ async def watch_loop_lag(
         worst.set(highest)
 
 
-async def expire_idle(*metrics: TcpMetrics, interval_seconds: float = 60.0) -> None:
+async def expire_idle(*metrics: TcpMetrics | DnsMetrics, interval_seconds: float = 60.0) -> None:
     """Forget idle label sets once a minute. If cancelled: ends."""
     while True:
         await trio.sleep(interval_seconds)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, assert_never
+from typing import Any, Literal, NoReturn, Protocol, assert_never, runtime_checkable
 
 import trio
 
@@ -25,11 +25,13 @@ from mesh.errors import ConfigError, LocalProtocolError, MeshError
 from mesh.grpc.client import Channel, ClientStream
 from mesh.grpc.codec import Code, GrpcError, Method
 from mesh.model.authorization import Authorization
+from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
 from mesh.retry import Backoff, Random
 from mesh.xds.delta import Apply, DeltaClient, Ready, Rejected, Send
+from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE
 
 DELTA_AGGREGATED_RESOURCES = Method(
@@ -50,13 +52,24 @@ Reason = Literal["ConnectionError", "Error", "Reconnect", "Complete"]
 
 
 class ResourceStore(Protocol):
-    """Where resources go; the return values are handed to `on_change`."""
+    """Where resources go; the return values are handed to `on_change`. One that is also a
+    `TrafficSink` can be filled with TrafficConfigs.
+    """
 
     def apply_addresses(self, updated: Sequence[Workload | Service], removed: Sequence[str]) -> Any:
         """Insert or replace, then remove by name."""
         ...
 
     def apply_policies(self, updated: Sequence[Authorization], removed: Sequence[str]) -> Any:
+        """Insert or replace, then remove by name."""
+        ...
+
+
+@runtime_checkable
+class TrafficSink(Protocol):
+    """Where a waypoint's own resources go."""
+
+    def apply_traffic(self, updated: Sequence[TrafficConfig], removed: Sequence[str]) -> Any:
         """Insert or replace, then remove by name."""
         ...
 
@@ -146,15 +159,16 @@ async def run_xds(
     observer: Observer | None = None,
     report: Callable[[str, Mapping[str, object]], None] = lambda _event, _fields: None,
     rng: Random | None = None,
+    types: Sequence[str] = TYPES,
 ) -> NoReturn:
-    """Keep `store` as the control plane says, for ever.
+    """Keep `store` as the control plane says, for ever: resources of `types`, opened in order.
 
     `on_change` gets what the store returned for each response; `on_ready` the type URL of
     each type once its first response was accepted. `report` takes an event name and fields,
     for a log. Raises only bugs: each failure is retried, a fresh connection failure after
     10 ms, doubling up to 15 s. If cancelled: the connection is closed, the store stays.
     """
-    shell = _Shell(DeltaClient(node.message(), TYPES), store, on_change, on_ready, observer, report)
+    shell = _Shell(DeltaClient(node.message(), types), store, on_change, on_ready, observer, report)
     # Not for secrets: it spreads reconnects.
     backoff = Backoff(rng if rng is not None else random.Random())  # noqa: S311
     while True:
@@ -244,7 +258,12 @@ class _Shell:
                 assert_never(command)
 
     def _apply(self, command: Apply) -> None:
-        if command.type_url == ADDRESS_TYPE:
+        if command.type_url == TRAFFIC_TYPE:
+            if not isinstance(self._store, TrafficSink):
+                raise LocalProtocolError("this store takes no TrafficConfig")
+            configs = [r for r in command.updated if isinstance(r, TrafficConfig)]
+            changed = self._store.apply_traffic(configs, command.removed)
+        elif command.type_url == ADDRESS_TYPE:
             addresses = [r for r in command.updated if isinstance(r, Workload | Service)]
             changed = self._store.apply_addresses(addresses, command.removed)
         else:

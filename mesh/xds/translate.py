@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from mesh.errors import ConfigError
 from mesh.identity import DEFAULT_TRUST_DOMAIN
 from mesh.model.authorization import Authorization
+from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import (
     AppProtocol,
     HealthPolicy,
@@ -43,7 +44,7 @@ from mesh.model.workload import (
     WorkloadStatus,
     WorkloadType,
 )
-from mesh.proto import authorization_pb2, workload_pb2
+from mesh.proto import authorization_pb2, waypoint_pb2, workload_pb2
 from mesh.xds.scalars import (
     enum_member,
     enum_number,
@@ -53,12 +54,13 @@ from mesh.xds.scalars import (
     network_parts,
     port_number,
 )
+from mesh.xds.traffic import TRAFFIC_TYPE, traffic_from_proto, traffic_to_proto
 from mesh.xds.translate_policy import authorization_from_proto, authorization_to_proto
 
 ADDRESS_TYPE = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION_TYPE = "type.googleapis.com/istio.security.Authorization"
 
-Resource = Workload | Service | Authorization
+Resource = Workload | Service | Authorization | TrafficConfig
 
 _DEFAULT_SERVICE_ACCOUNT = "default"
 _DEFAULT_CLUSTER = "Kubernetes"
@@ -71,7 +73,7 @@ def resource_name(resource: Resource) -> str:
             return resource.uid
         case Service():
             return str(resource.key)
-        case Authorization():
+        case Authorization() | TrafficConfig():
             return resource.key
 
 
@@ -86,6 +88,8 @@ def encode(resource: Resource) -> bytes:
                 message = workload_pb2.Address(service=service_to_proto(resource))
             case Authorization():
                 message = authorization_to_proto(resource)
+            case TrafficConfig():
+                message = traffic_to_proto(resource)
         return message.SerializeToString(deterministic=True)
     except ValueError as exc:  # a number out of range, text that is not Unicode
         raise ConfigError(f"{resource_name(resource)!r} cannot be encoded: {exc}") from exc
@@ -111,9 +115,17 @@ def decode_authorization(data: bytes) -> Authorization:
     return authorization_from_proto(message)
 
 
+def decode_traffic(data: bytes) -> TrafficConfig:
+    """Read a serialised TrafficConfig. Raises ConfigError with the reason of a NACK."""
+    message = waypoint_pb2.TrafficConfig()
+    _parse(message, data)
+    return traffic_from_proto(message)
+
+
 DECODERS: Mapping[str, Callable[[bytes], Resource]] = {
     ADDRESS_TYPE: decode_address,
     AUTHORIZATION_TYPE: decode_authorization,
+    TRAFFIC_TYPE: decode_traffic,
 }
 
 

@@ -19,7 +19,7 @@ WALKS = sorted((ROOT / "docs" / "walks").glob("*.md"))
 NAME = re.compile(rf"`((?:{'|'.join(PACKAGES)})(?:\.\w+)+)(?:\([^`]*\))?`")
 FILE = re.compile(rf"`((?:{'|'.join((*PACKAGES, 'tests', 'docs', 'manifests'))})/[\w./-]+)`")
 LINK = re.compile(r"\]\((?!\w+:)([^)#]+)(?:#[^)]*)?\)")
-WITH_CONFIG = ("istiod_lite", "netconfig", "ztunnel")
+WITH_CONFIG = ("istiod_lite", "netconfig", "waypoint", "ztunnel")
 
 
 def tracked_files() -> list[Path]:

@@ -10,7 +10,9 @@ whoever connects meanwhile waits, and is served.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -235,4 +237,32 @@ def test_the_node_agents_death_is_not_noticed(lab: TestLab) -> None:
 def test_the_controllers_death_is_not_noticed(lab: TestLab) -> None:
     with calling(lab, "istiod") as calls:
         assert holding(lab, 4, lambda: kill(lab, "istiod")) == "held"
+    assert calls.failed == []
+
+
+def test_known_workloads_go_on_while_the_controller_is_gone(lab: TestLab) -> None:
+    """Stopped, not killed: it answers nobody, as if it were gone for an hour."""
+    (pid,) = lab.processes("istiod_lite")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with calling(lab, "istiod-gone") as calls:
+            assert holding(lab, 3, lambda: lab.client.restart("netconfig@node1")) == "held"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert calls.failed == []
+
+
+def test_agent_and_proxy_killed_together_come_back_and_lie_to_nobody(lab: TestLab) -> None:
+    with calling(lab, "both") as calls:
+        lab.client.kill("netconfig@node2")
+        kill(lab, "ztunnel@node2")
+        eventually(lambda: enrolled(lab))
+    # The listeners are gone with both: who connects then is refused or reset, visibly.
+    assert {error for _, error, _ in calls.failed} <= {
+        "ConnectionResetError",
+        "ConnectionRefusedError",
+        "gaierror",
+    }
+    with calling(lab, "afterwards") as calls:
+        pass
     assert calls.failed == []

@@ -245,3 +245,26 @@ async def test_headers_and_a_refusing_collector() -> None:
     assert len(receiver.spans) == 2
     assert {each["authorization"] for each in receiver.headers} == {"Bearer x"}
     assert {each.trace_id for each in receiver.spans} == {f"{n:032x}" for n in (1, 2)}
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+async def test_a_mute_collector_does_not_hold_up_the_end(protocol: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        settings = TracingSettings(
+            otlp_endpoint=f"http://127.0.0.1:{server.getsockname()[1]}",
+            otlp_protocol=protocol,
+            otlp_timeout_ms=600_000,
+            span_export_timeout_ms=600_000,
+            span_delay_ms=1,
+        )
+        tracer = open_tracer(settings, "x", {}, CollectorRegistry())
+        assert tracer is not None
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tracer.run)
+                finish(tracer, 1)
+                # It is asked, and will never answer.
+                heard = await trio.to_thread.run_sync(server.accept)
+                finish(tracer, 3)
+                nursery.cancel_scope.cancel()
+        heard[0].close()

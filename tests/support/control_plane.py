@@ -21,17 +21,21 @@ from mesh import netns
 from mesh.errors import Unavailable
 from mesh.grpc.server import Call, serve_grpc
 from mesh.http.stream import StreamReset
+from mesh.identity import SpiffeId
 from mesh.model.authorization import Authorization
+from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.proto import ca_pb2
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from mesh.secrets import CREATE_CERTIFICATE
+from mesh.tls.certificate import Certificate, issued_certificate, new_request
 from mesh.tls.context import control_plane_server
 from mesh.xds.client import DELTA_AGGREGATED_RESOURCES
+from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, encode, resource_name
 
-Resource = Workload | Service | Authorization
+Resource = Workload | Service | Authorization | TrafficConfig
 
 
 class ControlPlane:
@@ -47,6 +51,8 @@ class ControlPlane:
         self.requests: list[DeltaDiscoveryRequest] = []
         self.tokens: set[str] = set()
         self.issued: list[str] = []
+        self.own_identity = ""
+        """Whom a token stands for that asks for a certificate without naming one."""
 
     @property
     def root_pem(self) -> bytes:
@@ -54,8 +60,8 @@ class ControlPlane:
 
     async def push(self, *resources: Resource, removed_policies: Sequence[str] = ()) -> None:
         """Send changes of one type to every stream."""
-        is_policy = bool(removed_policies) or isinstance(resources[0], Authorization)
-        response = self._response(is_policy, resources, removed_policies)
+        kind = AUTHORIZATION_TYPE if removed_policies else _type_of(resources[0])
+        response = self._response(kind, resources, removed_policies)
         for stream in self._streams:
             await stream.send(response)
 
@@ -65,6 +71,15 @@ class ControlPlane:
         """Serve 127.0.0.1:15012 in `namespace`."""
         with netns.inside(namespace):
             listener = socket.create_server(("127.0.0.1", 15012))
+        await self.serve_on(listener, task_status=task_status)
+
+    async def serve_on(
+        self,
+        listener: socket.socket,
+        *,
+        task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve on a listener at 127.0.0.1."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         leaf = self._sign(x509.Name([]), key.public_key(), names)
@@ -95,22 +110,20 @@ class ControlPlane:
                 async for request in requests:
                     self.requests.append(request)
                     if not request.response_nonce:
-                        await outgoing.send(self._first(request.type_url != ADDRESS_TYPE))
+                        await outgoing.send(self._first(request.type_url))
             self._streams.remove(outgoing)
             nursery.cancel_scope.cancel()
 
-    def _first(self, is_policy: bool) -> DeltaDiscoveryResponse:
-        wanted = [each for each in self._resources if isinstance(each, Authorization) == is_policy]
-        return self._response(is_policy, wanted, ())
+    def _first(self, type_url: str) -> DeltaDiscoveryResponse:
+        wanted = [each for each in self._resources if _type_of(each) == type_url]
+        return self._response(type_url, wanted, ())
 
     def _response(
-        self, is_policy: bool, resources: Sequence[Resource], removed: Sequence[str]
+        self, type_url: str, resources: Sequence[Resource], removed: Sequence[str]
     ) -> DeltaDiscoveryResponse:
         self._nonce += 1
         response = DeltaDiscoveryResponse(
-            type_url=AUTHORIZATION_TYPE if is_policy else ADDRESS_TYPE,
-            nonce=str(self._nonce),
-            removed_resources=removed,
+            type_url=type_url, nonce=str(self._nonce), removed_resources=removed
         )
         for each in resources:
             resource = response.resources.add(name=resource_name(each))
@@ -122,12 +135,25 @@ class ControlPlane:
         self, request: ca_pb2.IstioCertificateRequest, _call: Call
     ) -> ca_pb2.IstioCertificateResponse:
         csr = x509.load_pem_x509_csr(request.csr.encode())
-        identity = str(request.metadata["ImpersonatedIdentity"])
+        impersonated = "ImpersonatedIdentity"
+        identity = self.own_identity
+        if impersonated in request.metadata:
+            identity = str(request.metadata[impersonated])
         self.issued.append(identity)
         names = [x509.UniformResourceIdentifier(identity)]
         leaf = self._sign(x509.Name([]), csr.public_key(), names)
         chain = [leaf.public_bytes(serialization.Encoding.PEM).decode(), self.root_pem.decode()]
         return ca_pb2.IstioCertificateResponse(cert_chain=chain)
+
+    def issue(self, identity: SpiffeId) -> Certificate:
+        """A certificate of this authority, as a proxy would hold it."""
+        key_pem, csr_pem = new_request(identity)
+        csr = x509.load_pem_x509_csr(csr_pem)
+        leaf = self._sign(
+            x509.Name([]), csr.public_key(), [x509.UniformResourceIdentifier(str(identity))]
+        )
+        chain = [leaf.public_bytes(serialization.Encoding.PEM).decode(), self.root_pem.decode()]
+        return issued_certificate(chain, key_pem, identity)
 
     def _sign(
         self, subject: x509.Name, public_key: object, names: Sequence[x509.GeneralName] | None
@@ -149,6 +175,12 @@ class ControlPlane:
                 x509.SubjectAlternativeName(names), critical=True
             ).add_extension(x509.ExtendedKeyUsage(both), critical=False)
         return builder.sign(self._key, hashes.SHA256())
+
+
+def _type_of(resource: Resource) -> str:
+    if isinstance(resource, TrafficConfig):
+        return TRAFFIC_TYPE
+    return AUTHORIZATION_TYPE if isinstance(resource, Authorization) else ADDRESS_TYPE
 
 
 def write_secrets(directory: Path, root_pem: bytes, token: str) -> None:

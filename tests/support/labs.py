@@ -33,6 +33,18 @@ class TestLab:
         """Everything the lab printed so far."""
         return self.log.read_text(errors="replace")
 
+    def processes(self, word: str) -> list[int]:
+        """The lab's processes with this word on their command line, by our own numbers."""
+        found, looking = [], [self.process.pid]
+        while looking:
+            pid = looking.pop()
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    looking += map(int, (task / "children").read_text().split())
+                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    found.append(pid)
+        return found
+
     def python(self, pod: str, code: str, *argv: str) -> str:
         """Run Python code in a pod; its output. Fails the test when the code failed."""
         namespace, _, name = pod.partition("/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ _SCOPE = InstrumentationScope("ambit", __version__)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _DEFAULT_PORTS = {"http": 4317, "https": 4317}
 _MAX_ROOTS = 1 << 20
+_SWITCH_SECONDS = 0.0005
 
 EXPORT = Method(
     path="/opentelemetry.proto.collector.trace.v1.TraceService/Export",
@@ -53,6 +55,8 @@ EXPORT = Method(
 
 def open_exporter(settings: TracingSettings, service: str, resource: Mapping[str, str]) -> Exporter:
     """The exporter that settings ask for. Raises ConfigError."""
+    # Encoding runs beside the event loop, which must not wait 5 ms for each of its turns.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     told = read_pairs(settings.otel_resource_attributes, "otel_resource_attributes")
     name = settings.otel_service_name or told.get("service.name") or service
     described = Resource({**resource, **told, "service.name": name})

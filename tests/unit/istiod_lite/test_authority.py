@@ -222,6 +222,34 @@ def test_an_expired_root_is_told(tmp_path: Path) -> None:
         open_authority(tmp_path, "cluster.local", NOW + 4000 * DAY_SECONDS)
 
 
+def test_roots_are_exchanged_while_everybody_trusts_both(tmp_path: Path) -> None:
+    now = _real_now()
+    old, new = tmp_path / "old", tmp_path / "new"
+    open_authority(old, "cluster.local", now)
+    open_authority(new, "cluster.local", now)
+    held = []
+    for _ in range(2):
+        (old / "extra-roots.pem").write_bytes((new / "root-cert.pem").read_bytes())
+        authority = open_authority(old, "cluster.local", now)
+        assert authority.root_pem.count(b"BEGIN") == 2
+        key, csr = new_request(SLEEP)
+        held.append(issued_certificate(authority.sign(csr, SLEEP, 60, now), key, SLEEP))
+        old, new = new, old
+    before, after = held
+    for client, server in ((before, after), (after, before)):
+        assert _shake(client_context(client), server_context(server), None)
+
+
+@pytest.mark.parametrize("content", ["junk", "", "leaf"])
+def test_extra_roots_that_are_none_are_told(tmp_path: Path, content: str) -> None:
+    authority = open_authority(tmp_path, "cluster.local", NOW)
+    if content == "leaf":
+        content = authority.sign(new_request(SLEEP)[1], SLEEP, 60, NOW)[0]
+    (tmp_path / "extra-roots.pem").write_text(content)
+    with pytest.raises(ConfigError, match=r"extra-roots\.pem"):
+        open_authority(tmp_path, "cluster.local", NOW)
+
+
 def _real_now() -> float:
     return datetime.now(UTC).timestamp()
 

@@ -145,6 +145,15 @@ def test_a_service():
     assert short(bound_to) == "False WaypointIsNotReady"
 
 
+def test_what_was_said_of_a_service_is_taken_back():
+    stale = service(labels={USE: "none"})
+    stale["status"] = {"conditions": [{"type": "istio.io/WaypointBound", "status": "True"}]}
+    held = bound(stale)
+    fragment = statuses(held.index, lambda *_: ALL)[Ref("Service", "shop", "web")]
+    assert fragment == Fragment()
+    assert merged(stale, fragment, NEW) == {"conditions": []}
+
+
 def test_a_route_for_each_parent():
     parents = [parent(), parent(port=81, name="web"), parent("gone"), {"name": "a-gateway"}]
     held = bound(route(parents=parents, backends=[{"name": "x", "port": 80}]))

@@ -26,6 +26,7 @@ from waypoint.filters.rate_limit.local import Buckets, Key
 
 GRPC_RESOURCE_EXHAUSTED: Final = 8
 MAX_KEY_BYTES: Final = 256
+MakeBuckets = Callable[[RateLimitPolicy, RateLimitRule], Buckets]
 _NOTE: Final = "rate_limit.headers"
 _MOST_SECONDS: Final = 86_400 * 366
 
@@ -53,18 +54,27 @@ class _Rule:
         return self.rule.cost
 
 
+def _new_buckets(policy: RateLimitPolicy, rule: RateLimitRule) -> Buckets:
+    del policy, rule
+    return Buckets()
+
+
 class RateLimits(PassingFilter):
-    """The rate limits of one service. `problem` policies refuse what they target."""
+    """The rate limits of one service. `problem` policies refuse what they target. `buckets` gives
+    the buckets of a rule: those it had before, where a change elsewhere must not refill them.
+    """
 
     name = "RateLimitPolicy"
 
-    def __init__(self, policies: Iterable[RateLimitPolicy]) -> None:
+    def __init__(
+        self, policies: Iterable[RateLimitPolicy], buckets: MakeBuckets = _new_buckets
+    ) -> None:
         self._rules: list[_Rule] = []
         self._broken: Respond | None = None
         for policy in policies:
             key = f"{policy.namespace}/{policy.name}"
             try:
-                self._rules += _compile(key, policy)
+                self._rules += _compile(key, policy, buckets)
             except ConfigError as error:
                 self._broken = self._broken or Respond(
                     500, flag="NC", policy=key, reason=f"it cannot be kept: {error}"
@@ -109,15 +119,17 @@ class RateLimits(PassingFilter):
         return None
 
 
-def _compile(key: str, policy: RateLimitPolicy) -> list[_Rule]:
+def _compile(key: str, policy: RateLimitPolicy, buckets: MakeBuckets) -> list[_Rule]:
     if policy.problem:
         raise ConfigError(policy.problem)
     if policy.shared.kind != "Local":
         raise ConfigError(f"limits shared through {policy.shared.kind} are not kept here")
-    return [_compile_rule(key, policy, rule) for rule in policy.rules]
+    return [_compile_rule(key, policy, rule, buckets) for rule in policy.rules]
 
 
-def _compile_rule(key: str, policy: RateLimitPolicy, rule: RateLimitRule) -> _Rule:
+def _compile_rule(
+    key: str, policy: RateLimitPolicy, rule: RateLimitRule, buckets: MakeBuckets
+) -> _Rule:
     if not 0 < rule.window_seconds <= _MOST_SECONDS:
         raise ConfigError("must be more than nothing, and a year at most", field="window")
     if rule.requests < 0 or rule.burst < 0 or rule.cost < 0:
@@ -133,7 +145,7 @@ def _compile_rule(key: str, policy: RateLimitPolicy, rule: RateLimitRule) -> _Ru
         parts=tuple(_part(part) for part in rule.keys),
         rate=rate(rule.requests),
         overrides={each.key: rate(each.requests) for each in rule.overrides},
-        buckets=Buckets(),
+        buckets=buckets(policy, rule),
         advertised=policy.sends_headers,
     )
 

@@ -207,3 +207,41 @@ def test_openmetrics_when_asked() -> None:
     body, content_type = metrics.render(CollectorRegistry(), "application/openmetrics-text")
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
+
+
+def test_dns_label_sets_are_capped_and_expire() -> None:
+    registry, clock = CollectorRegistry(), Clock()
+    dns = metrics.DnsMetrics(registry, max_label_sets=2, idle_seconds=60.0, clock=clock)
+    for number in range(5):
+        dns.request(DnsLabels("A", "udp", source_canonical_service=f"s{number}"))
+    dns.upstream(DnsLabels("A", "udp", source_canonical_service="s0"), 0.1)
+    found = samples(registry)["istio_dns_requests_total"]
+    assert found["A", "udp", "overflow", "overflow"] == 3.0
+    assert len(found) == 3
+    clock.now += 61
+    assert dns.expire() == 3
+    assert "istio_dns_requests_total" not in samples(registry)
+    assert "istio_dns_upstream_requests_total" not in samples(registry)
+
+
+def test_a_server_cannot_invent_labels_without_end() -> None:
+    registry = CollectorRegistry()
+    xds = metrics.XdsMetrics(registry)
+    for number in range(100):
+        xds.message(f"type/{number}", 1)
+        xds.rejected(f"type/{number}")
+    found = samples(registry)
+    assert len(found["istio_xds_message_total"]) == metrics.MAX_URLS + 1
+    assert found["ambit_xds_rejected_total"]["overflow",] == 100 - metrics.MAX_URLS
+
+
+def test_the_age_of_the_configuration_and_the_connection() -> None:
+    registry = CollectorRegistry()
+    xds = metrics.XdsMetrics(registry)
+    assert samples(registry)["ambit_xds_connected"] == {(): 0.0}
+    xds.connected()
+    assert samples(registry)["ambit_xds_connected"] == {(): 1.0}
+    before = samples(registry)["ambit_xds_age_seconds"][()]
+    assert samples(registry)["ambit_xds_age_seconds"][()] >= before
+    xds.terminated("Complete")
+    assert samples(registry)["ambit_xds_connected"] == {(): 0.0}

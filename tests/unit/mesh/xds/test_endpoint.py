@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.errors import ConfigError
-from ztunnel.control import parse_address
+from mesh.xds.endpoint import parse_address
 
 
 @pytest.mark.parametrize(

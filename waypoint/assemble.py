@@ -1,0 +1,109 @@
+"""Which filters a service's policies become, and in which order.
+
+    1. RequestAuthentication   who the token says it is: the policies after it ask for that
+    2. AuthorizationPolicy     whoever is denied costs nothing more
+    3. RateLimitPolicy         only what may pass is counted
+    4. RedactionPolicy         last, so that policy judges what the caller sent
+
+A policy that no filter here carries out answers 500: it must not be left out in silence.
+
+What filters remember beyond one configuration (buckets, issuers' keys) is kept here by the rule
+that it belongs to, so that an edit beside it neither refills a bucket nor fetches a key again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from mesh.model.l7_policy import JwtRule, RateLimitPolicy, RateLimitRule, TrafficConfig
+from mesh.model.route import RouteFilter
+from waypoint.filters import jwks
+from waypoint.filters.authorize import Authorize
+from waypoint.filters.chain import Filter, PassingFilter, Request, Respond, Verdict
+from waypoint.filters.cors import CorsFilter
+from waypoint.filters.fault import FaultFilter, Random
+from waypoint.filters.jwt import Jwt, KeySource
+from waypoint.filters.rate_limit.filter import RateLimits
+from waypoint.filters.rate_limit.local import Buckets
+
+K = TypeVar("K")
+V = TypeVar("V")
+_MOST_REMEMBERED: Final = 4096
+
+
+class Unsupported(PassingFilter):
+    """Stands for a policy that is not carried out by this build."""
+
+    def __init__(self, kind: str, policy: str) -> None:
+        self.name = kind
+        self._respond = Respond(
+            500, flag="NC", policy=policy, reason=f"{kind} is not carried out by this waypoint"
+        )
+
+    def on_request(self, request: Request) -> Verdict:
+        """Refuse."""
+        del request
+        return self._respond
+
+
+class Assembly:
+    """Makes filters. `clock` gives seconds since the epoch, `fetch` what an issuer publishes."""
+
+    def __init__(
+        self, clock: Callable[[], float], rng: Random, fetch: jwks.Fetch = jwks.fetch
+    ) -> None:
+        self._clock = clock
+        self._rng = rng
+        self._source = jwks.sources(fetch)
+        self._buckets: dict[tuple[str, str, RateLimitRule], Buckets] = {}
+        self._keys: dict[JwtRule, KeySource] = {}
+
+    def make_filters(self, everywhere: TrafficConfig, own: TrafficConfig) -> Sequence[Filter]:
+        """The filters of one service, in their order."""
+        configs = (everywhere, own) if own is not everywhere else (own,)
+        found: list[Filter] = []
+        authentications = [each for config in configs for each in config.authentications]
+        if authentications:
+            found.append(Jwt(authentications, self._keys_of, self._clock))
+        authorizations = [each for config in configs for each in config.authorizations]
+        if authorizations:
+            explains = any(config.explains_denials for config in configs)
+            found.append(Authorize(authorizations, explains_denials=explains))
+        for config in configs:
+            if config.rate_limits:
+                found.append(RateLimits(config.rate_limits, self._buckets_in(config.key)))
+            found += [
+                Unsupported("RedactionPolicy", f"{each.namespace}/{each.name}")
+                for each in config.redactions
+            ]
+        return tuple(found)
+
+    def make_route_filter(self, entry: RouteFilter) -> Filter | None:
+        """A filter of a route's rule that the plan does not carry out; None: nobody does."""
+        if entry.cors is not None:
+            return CorsFilter(entry.cors)
+        if entry.fault is not None:
+            return FaultFilter(entry.fault, self._rng)
+        return None
+
+    def _keys_of(self, rule: JwtRule) -> KeySource:
+        return _kept(self._keys, rule, lambda: self._source(rule))
+
+    def _buckets_in(self, scope: str) -> Callable[[RateLimitPolicy, RateLimitRule], Buckets]:
+        def buckets(policy: RateLimitPolicy, rule: RateLimitRule) -> Buckets:
+            key = (scope, f"{policy.namespace}/{policy.name}", rule)
+            return _kept(self._buckets, key, Buckets)
+
+        return buckets
+
+
+def _kept(kept: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is remembered under `key`; the longest unused is forgotten when there is too much."""
+    found = kept.pop(key, None)
+    if found is None:
+        found = make()
+        if len(kept) >= _MOST_REMEMBERED:
+            del kept[next(iter(kept))]
+    kept[key] = found
+    return found

@@ -1,0 +1,559 @@
+"""One request's life: judged, sent to an endpoint, perhaps more than once, answered, recorded.
+
+    start      the plan is made (route, rule, backend), the filters decide in their order
+    _forward   the rule's changes are made, once; then a try
+    _try       an endpoint is chosen; it connects, or has a connection
+    on_response...   retried while nothing was sent on, else changed and passed
+    _finish    recorded, exactly once
+
+No task, no cancel scope: callbacks of two codecs, of timers and, when a filter waits, of one task.
+Bodies pass as they come; only while a try may be repeated (or has no connection yet) a bounded
+part of the request's body is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from mesh.errors import Refusal
+from mesh.http import h1
+from waypoint import heads
+from waypoint.filters.chain import (
+    Blocked,
+    BodyFilter,
+    Filter,
+    Headers,
+    Pair,
+    Request,
+    Respond,
+    Response,
+    Wait,
+)
+from waypoint.plan import Answer, Forward
+from waypoint.streams import Downstream, Upstream
+
+if TYPE_CHECKING:
+    from waypoint.inbound import Inbound
+    from waypoint.timers import Timer
+    from waypoint.upstream import Endpoint
+
+KEPT_BODY = 64 << 10
+_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
+
+
+class Exchange:
+    """Made by a codec of the caller's side for each request."""
+
+    __slots__ = ("_body_in", "_body_out", "_budgeted", "_deadline", "_decided", "_done", "_down",
+                 "_endpoint", "_excluded", "_filters", "_held", "_next_filter",
+                 "_per_try", "_plan", "_scope", "_started", "_switched", "_timer", "_trailers",
+                 "_up", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
+                 "is_request_done", "is_response_done", "policy", "reason", "request", "rule_name",
+                 "started_at", "status", "tries", "upgrade")  # fmt: skip
+
+    request: Request
+
+    def __init__(self, inbound: Inbound, down: Downstream) -> None:
+        self.inbound = inbound
+        self._down = down
+        self._up: Upstream | None = None
+        self._endpoint: Endpoint | None = None
+        self._plan: Forward | None = None
+        self._filters: Sequence[Filter] = ()
+        self._next_filter = 0
+        self._body_in: list[BodyFilter] | None = None
+        self._body_out: list[BodyFilter] | None = None
+        self._held: bytearray | None = bytearray()
+        self._trailers: Sequence[Pair] = ()
+        self._timer: Timer | None = None
+        self._per_try: Timer | None = None
+        self._deadline = 0.0
+        self._scope: Any = None
+        self._excluded: set[Endpoint] | None = None
+        self._decided = self._started = self._done = self._switched = self._budgeted = False
+        self.is_request_done = self.is_response_done = False
+        self.upgrade = b""
+        self.started_at = 0.0
+        self.status = 0
+        self.flag = "-"
+        self.reason = self.policy = self.rule_name = self.grpc_status = ""
+        self.bytes_in = self.bytes_out = self.tries = 0
+
+    # ---- the beginning
+
+    def start_h1(self, head: h1.RequestHead, *, ends: bool) -> None:
+        """A request over HTTP/1.1."""
+        self.upgrade = head.upgrade
+        if head.expects_continue:
+            head.pairs.append((b"expect", b"100-continue"))
+        if head.takes_trailers:
+            head.pairs.append((b"te", b"trailers"))
+        self.start(head.method, head.scheme, head.authority, head.path, head.query, head.pairs,
+                   ends=ends)  # fmt: skip
+
+    def start(
+        self,
+        method: bytes,
+        scheme: bytes,
+        authority: bytes,
+        path: bytes,
+        query: bytes | None,
+        pairs: list[Pair],
+        *,
+        ends: bool,
+    ) -> None:
+        """A request's head. `pairs` become this exchange's."""
+        inbound = self.inbound
+        self.started_at = now = time.monotonic()
+        self.is_request_done = ends
+        inbound.active += 1
+        traffic = inbound.traffic()
+        normal = traffic.normalize(path)
+        self.request = request = Request(
+            method=method, scheme=scheme, authority=authority, path=normal or path,
+            query=query or b"", headers=Headers(pairs), source=inbound.source,
+            source_ip=inbound.source_ip, remote_ip=inbound.source_ip,
+            destination_ip=inbound.destination_ip, destination_port=inbound.port,
+            service=inbound.service_key, now=now,
+        )  # fmt: skip
+        if normal is None:
+            self._answer(Respond(400, reason="the path cannot be normalized", flag="DPE"))
+            return
+        for name, value in pairs:
+            if name == b"content-type":
+                request.is_grpc = value.startswith(b"application/grpc")
+        plan = traffic.routes.plan(request, inbound.source_namespace, inbound.rng)
+        request.route, request.rule = plan.route, plan.rule
+        if isinstance(plan, Forward):
+            self._plan = plan
+            self._filters = plan.filters_with(traffic.filters)
+        else:
+            self._filters = traffic.filters
+        heads.trace(request.headers, inbound.rng)
+        self._filter(plan)
+
+    def _filter(self, plan: Forward | Answer) -> None:
+        """The filters that are left, then what was planned."""
+        filters = self._filters
+        while self._next_filter < len(filters):
+            verdict = filters[self._next_filter].on_request(self.request)
+            self._next_filter += 1
+            if verdict is None:
+                continue
+            if isinstance(verdict, Wait):
+                self._down.pause()
+                self.inbound.proxy.start(functools.partial(self._wait, verdict, plan))
+                return
+            self._answer(verdict)
+            return
+        if isinstance(plan, Answer):
+            self._answer(plan.respond)
+            return
+        for each in filters:
+            body = each.open_request_body(self.request)
+            if body is not None:
+                self._body_in = [*(self._body_in or ()), body]
+        if self._body_in is not None and not self.is_request_done:
+            self.request.headers.remove(b"content-length")
+        self._forward(plan)
+
+    async def _wait(self, verdict: Wait, plan: Forward | Answer) -> None:
+        """A filter's question. If cancelled: the exchange ended meanwhile."""
+
+        with trio.CancelScope() as scope:
+            self._scope = scope
+            if self._done:
+                return
+            answer = await verdict.ask()
+            self._scope = None
+            if self._done:
+                return
+            if answer is not None:
+                self._answer(answer)
+            else:
+                self._down.unpause()
+                self._filter(plan)
+
+    # ---- towards the endpoint
+
+    def _forward(self, plan: Forward) -> None:
+        self._decided = True
+        if self._done:
+            return
+        plan.change_request(self.request)
+        timers = self.inbound.proxy.timers
+        if plan.request_timeout is not None:
+            self._deadline = self.started_at + plan.request_timeout
+            left = max(0.0, self._deadline - time.monotonic())
+            self._timer = timers.after(left, self._timed_out)
+        self._try()
+
+    def _try(self) -> None:
+        plan = self._plan
+        assert plan is not None  # noqa: S101 - only forwarded requests are tried
+        if self._done:
+            return
+        self.tries += 1
+        chosen = self.inbound.proxy.upstreams.choose(
+            plan.backend.service, plan.backend.port, self.inbound, self._excluded or ()
+        )
+        if isinstance(chosen, Refusal):
+            self._answer(Respond(chosen.http_status, flag=chosen.flag, reason=chosen.reason))
+            return
+        self._endpoint = chosen
+        if plan.backend_timeout is not None:
+            self._per_try = self.inbound.proxy.timers.after(
+                plan.backend_timeout, self._try_timed_out
+            )
+        chosen.open(self)
+
+    def waits_for(self, endpoint: Endpoint, number: int) -> bool:
+        """Whether try `number` still wants a connection to `endpoint`."""
+        return (
+            not self._done
+            and self._up is None
+            and self._endpoint is endpoint
+            and self.tries == number
+        )
+
+    def connected(self, up: Upstream) -> None:
+        """The endpoint has a connection for this try: out with what waits."""
+        self._up = up
+        held = self._held
+        ends = self.is_request_done and not held and not self._trailers
+        up.send_head(self.request, ends=ends, upgrade=self.upgrade)
+        if ends or self._up is not up:
+            return
+        if held:
+            up.send_data(bytes(held))
+        if not self._may_repeat():
+            self._held = None
+        if self.is_request_done:
+            up.send_end(self._trailers)
+        elif not up.is_blocked:
+            self._down.unpause()
+
+    def on_request_data(self, data: memoryview) -> None:
+        """Body from the caller."""
+        if self._done:
+            return
+        self.bytes_in += len(data)
+        if self._switched:
+            up = self._up
+            if up is not None:
+                up.send_data(data)
+                if up.is_blocked:
+                    self._down.pause()
+            return
+        if self._body_in is not None:
+            self._send_body(self._filtered(self._body_in, data))
+        else:
+            self._send_body(data)
+
+    def _send_body(self, data: bytes | memoryview) -> None:
+        if self._done:
+            return
+        held, up = self._held, self._up
+        if held is not None:
+            if up is not None and len(held) + len(data) > KEPT_BODY:
+                self._held = None  # too much to say it again
+            else:
+                held += data
+        if up is not None:
+            up.send_data(data)
+            if up.is_blocked:
+                self._down.pause()
+        elif held is not None and len(held) > KEPT_BODY:
+            self._down.pause()
+
+    def on_request_end(self, trailers: Sequence[Pair]) -> None:
+        """The request is complete."""
+        if self._done:
+            return
+        if self._body_in is not None and not self._switched:
+            self._send_body(self._filtered(self._body_in, None))
+            if self._done:
+                return
+        self.is_request_done = True
+        self._trailers = trailers
+        if self._up is not None:
+            self._up.send_end(trailers)
+        if self._switched and self.is_response_done:
+            self._finish()
+
+    def _filtered(self, filters: list[BodyFilter], data: memoryview | None) -> bytes:
+        """What the body filters make of some bytes, or of the end."""
+        piece = bytes(data) if data is not None else b""
+        try:
+            for each in filters:
+                if data is None:
+                    piece = (each.feed(piece) if piece else b"") + each.finish()
+                elif piece:
+                    piece = each.feed(piece)
+        except Blocked as blocked:
+            self._blocked(blocked.respond)
+            return b""
+        return piece
+
+    def _blocked(self, respond: Respond) -> None:
+        if self._started:
+            self.flag, self.reason, self.policy = respond.flag, respond.reason, respond.policy
+            self._cut()
+        else:
+            self._answer(respond)
+
+    def on_down_room(self) -> None:
+        """The caller takes bytes again."""
+        if self._up is not None:
+            self._up.unpause()
+
+    def on_up_room(self) -> None:
+        """The endpoint takes bytes again."""
+        if not self._done:
+            self._down.unpause()
+
+    def on_down_lost(self, reason: str, *, flag: str) -> None:
+        """The caller has gone, or broke a rule."""
+        if self._done:
+            return
+        self.flag, self.reason = flag, reason
+        self._finish()
+
+    # ---- from the endpoint
+
+    def on_interim(self, status: int, pairs: Sequence[Pair]) -> None:
+        """A 1xx."""
+        if not self._done and not self._started:
+            self._down.send_interim(status, pairs)
+
+    def on_response(self, response: Response, *, ends: bool, switches: bytes = b"") -> None:
+        """The response's head."""
+        if self._done:
+            return
+        plan = self._plan
+        if self._endpoint is not None:
+            self._endpoint.answered(response.status)
+        if switches:
+            self._switched = True
+        elif plan is not None and self._may_retry_status(plan, response.status):
+            up, self._up = self._up, None
+            if up is not None:
+                up.cancel()
+            self._retry(f"status {response.status}")
+            return
+        if plan is not None:
+            plan.change_response(self.request, response)
+        if not self._pass_filters(response):
+            return
+        if not ends and not switches:
+            self._open_response_bodies(response)
+        self._started = True
+        self.status = response.status
+        self._note_grpc(response.headers.pairs)
+        if self._per_try is not None:
+            self._per_try.cancel()
+        self._held = None
+        self._down.send_head(response, ends=ends, switches=switches)
+        if self._down.is_blocked and self._up is not None:
+            self._up.pause()
+
+    def _pass_filters(self, response: Response) -> bool:
+        for each in reversed(self._filters):
+            verdict = each.on_response(self.request, response)
+            if verdict is not None:
+                self._answer(verdict)
+                return False
+        return True
+
+    def _open_response_bodies(self, response: Response) -> None:
+        for each in reversed(self._filters):
+            body = each.open_response_body(self.request, response)
+            if body is not None:
+                self._body_out = [*(self._body_out or ()), body]
+        if self._body_out is not None:
+            response.headers.remove(b"content-length")
+
+    def on_response_data(self, data: memoryview) -> None:
+        """Body from the endpoint."""
+        if self._done:
+            return
+        piece: bytes | memoryview = data
+        if self._body_out is not None:
+            piece = self._filtered(self._body_out, data)
+            if self._done:
+                return
+        self.bytes_out += len(piece)
+        self._down.send_data(piece)
+        if self._up is not None and self._down.is_blocked:
+            self._up.pause()
+
+    def on_response_end(self, trailers: Sequence[Pair] = ()) -> None:
+        """The response is complete."""
+        if self._done:
+            return
+        if self._body_out is not None:
+            last = self._filtered(self._body_out, None)
+            if self._done:
+                return
+            self.bytes_out += len(last)
+            self._down.send_data(last)
+        self.is_response_done = True
+        if trailers:
+            self._note_grpc(trailers)
+        if self._switched and not self.is_request_done:
+            self._down.send_end(trailers)
+            return
+        if not self._switched and self.is_request_done:
+            self._up = None  # it is the next request's
+        self._finish()
+        self._down.send_end(trailers)
+
+    def _note_grpc(self, pairs: Sequence[Pair]) -> None:
+        if self.request.is_grpc:
+            for name, value in pairs:
+                if name == b"grpc-status":
+                    self.grpc_status = value.decode("latin-1")
+
+    def on_up_lost(self, reason: str, *, is_refused: bool) -> None:
+        """The try ended without a response."""
+        self._up = None
+        if self._done:
+            return
+        if self._endpoint is not None:
+            self._endpoint.failed()
+        if self._started:
+            self.flag, self.reason = "UC", reason
+            self._cut()
+            return
+        plan = self._plan
+        can = plan is not None and self._held is not None
+        safe = is_refused or self.request.method in _IDEMPOTENT
+        configured = plan is not None and plan.retry is not None
+        if can and plan is not None and (is_refused or safe or configured):
+            retry = plan.retry
+            wanted = retry.on_connection_failure if retry is not None else True
+            attempts = retry.attempts if retry is not None else 2
+            if wanted and self.tries <= attempts:
+                self._retry(reason)
+                return
+        self._answer(Respond(503, flag="UF" if is_refused else "UC", reason=reason))
+
+    # ---- again, or not
+
+    def _may_repeat(self) -> bool:
+        plan = self._plan
+        return plan is not None and (plan.retry is None or plan.retry.attempts > 0)
+
+    def _may_retry_status(self, plan: Forward, status: int) -> bool:
+        retry = plan.retry
+        return (
+            retry is not None
+            and status in retry.codes
+            and self.tries <= retry.attempts
+            and self._held is not None
+        )
+
+    def _retry(self, reason: str) -> None:
+        endpoint, plan = self._endpoint, self._plan
+        assert plan is not None  # noqa: S101 - only forwarded requests are retried
+        if self._per_try is not None:
+            self._per_try.cancel()
+            self._per_try = None
+        if endpoint is not None:
+            self._endpoint = None
+            endpoint.release(self)
+            self._excluded = (self._excluded or set()) | {endpoint}
+        upstreams = self.inbound.proxy.upstreams
+        if not self._budgeted:
+            if not upstreams.may_retry(plan.backend.service, self):
+                reason = f"{reason}; the retry budget is spent"
+                self._answer(Respond(503, flag="URX", reason=reason))
+                return
+            self._budgeted = True
+            upstreams.retrying()
+        pause = plan.backoff(self.tries, self.inbound.rng)
+        self.inbound.proxy.timers.after(pause, self._try)
+
+    def _timed_out(self) -> None:
+        if self._done:
+            return
+        self.flag, self.reason = "UT", "the request's timeout passed"
+        if self._started:
+            self._cut()
+        else:
+            self._answer(Respond(504, flag="UT", reason=self.reason))
+
+    def _try_timed_out(self) -> None:
+        plan = self._plan
+        if self._done or self._started or plan is None:
+            return
+        up, self._up = self._up, None
+        if up is not None:
+            up.cancel()
+        if self._endpoint is not None:
+            self._endpoint.failed()
+        retry = plan.retry
+        kept = self._held is not None
+        if retry is not None and self.tries <= retry.attempts and kept:
+            self._retry("the try's timeout passed")
+        else:
+            self._answer(Respond(504, flag="UT", reason="the try's timeout passed"))
+
+    # ---- the end
+
+    def _answer(self, respond: Respond) -> None:
+        """Answer ourselves."""
+        if self._done:
+            return
+        self.flag, self.reason = respond.flag, respond.reason
+        self.policy, self.rule_name = respond.policy, respond.rule
+        response = heads.local_response(self.request, respond)
+        self.status = response.status
+        self._note_grpc(response.headers.pairs)
+        plan = self._plan
+        if plan is not None and self._decided:
+            plan.change_response(self.request, response)
+        body = b"" if self.request.is_grpc else respond.body
+        self.bytes_out += len(body)
+        down = self._down
+        up, self._up = self._up, None
+        if up is not None:
+            up.cancel()
+        ends = not body or self.request.method == b"HEAD"
+        self.is_response_done = True
+        self._finish()
+        down.send_head(response, ends=ends)
+        if not ends:
+            down.send_data(body)
+        down.send_end()
+
+    def _cut(self) -> None:
+        down = self._down
+        self._finish()
+        down.cut()
+
+    def _finish(self) -> None:
+        """Recorded, exactly once; nothing happens to this exchange afterwards."""
+        if self._done:
+            return
+        self._done = True
+        for timer in (self._timer, self._per_try):
+            if timer is not None:
+                timer.cancel()
+        if self._scope is not None:
+            self._scope.cancel()
+        up, self._up = self._up, None
+        if up is not None and not (self.is_response_done and self.is_request_done):
+            up.cancel()
+        inbound = self.inbound
+        inbound.active -= 1
+        inbound.proxy.journal.finished(self, self._endpoint)
+        if self._endpoint is not None:
+            self._endpoint.release(self)
+        if self._budgeted:
+            inbound.proxy.upstreams.retried()

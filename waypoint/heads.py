@@ -1,0 +1,127 @@
+"""What the proxy itself does to heads: own answers, trace context, changes of a route. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+from mesh.model.route import HeaderChange, PathChange, Redirect
+from waypoint.filters.chain import Headers, Pair, Request, Respond, Response
+
+_TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+_GRPC_OF_STATUS = {
+    400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14,
+}  # fmt: skip
+_UNKNOWN = 2
+_PORTS = {b"http": 80, b"https": 443}
+
+
+class RandomBytes(Protocol):
+    """The part of `random.Random` used here; nothing secret depends on it."""
+
+    def randbytes(self, n: int) -> bytes:
+        """`n` bytes."""
+        ...
+
+
+def local_response(request: Request, respond: Respond) -> Response:
+    """Our own answer: trailers-only for gRPC (the gRPC over HTTP/2 protocol), else plain."""
+    if request.is_grpc and not 300 <= respond.status < 400:
+        code = respond.grpc_status
+        if code is None:
+            code = _GRPC_OF_STATUS.get(respond.status, _UNKNOWN)
+        pairs: list[Pair] = [
+            (b"content-type", b"application/grpc"),
+            (b"grpc-status", b"%d" % code),
+        ]
+        if respond.reason:
+            pairs.append((b"grpc-message", _percent(respond.reason)))
+        return Response(status=200, headers=Headers([*pairs, *respond.headers]))
+    pairs = list(respond.headers)
+    if respond.body:
+        if not any(name == b"content-type" for name, _ in pairs):
+            pairs.append((b"content-type", b"text/plain"))
+        pairs.append((b"content-length", b"%d" % len(respond.body)))
+    return Response(status=respond.status, headers=Headers(pairs))
+
+
+def _percent(text: str) -> bytes:
+    data = text.encode()[:500]
+    return b"".join(bytes((c,)) if 32 <= c < 127 and c != 37 else b"%%%02X" % c for c in data)
+
+
+def trace(headers: Headers, rng: RandomBytes) -> None:
+    """A request id for who has none; and a trace context, not sampled, where none was started."""
+    has_id = has_trace = False
+    for name, value in headers.pairs:
+        if name == b"x-request-id":
+            has_id = True
+        elif name == b"traceparent":
+            has_trace = _TRACEPARENT.fullmatch(value) is not None
+    if has_id and has_trace:
+        return
+    raw = rng.randbytes(32).hex().encode()
+    if not has_id:
+        identity = b"-".join((raw[:8], raw[8:12], b"4" + raw[13:16], b"a" + raw[17:20], raw[20:32]))
+        headers.add(b"x-request-id", identity)
+    if not has_trace:
+        headers.set(b"traceparent", b"00-" + raw[:32] + b"-" + raw[32:48] + b"-00")
+
+
+def change(headers: Headers, changes: HeaderChange) -> None:
+    """RequestHeaderModifier or ResponseHeaderModifier; of duplicate names the first counts."""
+    seen: set[bytes] = set()
+    for name, value in changes.set:
+        key = name.lower().encode()
+        if key not in seen:
+            seen.add(key)
+            headers.set(key, value.encode("latin-1", "replace"))
+    for name, value in changes.add:
+        key = name.lower().encode()
+        if key in seen:
+            continue
+        seen.add(key)
+        old = headers.get(key)
+        new = value.encode("latin-1", "replace")
+        if old is None:
+            headers.add(key, new)
+        else:
+            headers.set(key, old + b"," + new)
+    for name in changes.remove:
+        headers.remove(name.lower().encode())
+
+
+def new_path(path: bytes, changed: PathChange, prefix: str) -> bytes:
+    """A path after ReplaceFullPath, or ReplacePrefixMatch of the matched `prefix`."""
+    value = changed.value.encode()
+    if changed.kind == "ReplaceFullPath":
+        return value or b"/"
+    rest = path[len(prefix.rstrip("/").encode()) :]
+    return value.rstrip(b"/") + rest or b"/"
+
+
+def redirect(request: Request, rule: Redirect, prefix: str) -> Respond:
+    """RequestRedirect: the answer with its Location."""
+    scheme = rule.scheme.encode() or request.scheme
+    host, port_text = _split_authority(request.authority)
+    if rule.hostname:
+        host = rule.hostname.encode()
+    if rule.port is not None:
+        port = rule.port
+    elif rule.scheme:
+        port = _PORTS.get(scheme, 80)
+    else:
+        port = request.destination_port or int(port_text or 80)
+    path = request.path if rule.path is None else new_path(request.path, rule.path, prefix)
+    query = b"?" + request.query if request.query else b""
+    shown = b"" if _PORTS.get(scheme) == port else b":%d" % port
+    location = scheme + b"://" + host + shown + path + query
+    return Respond(rule.status, headers=((b"location", location),))
+
+
+def _split_authority(authority: bytes) -> tuple[bytes, bytes]:
+    if authority[:1] == b"[":
+        host, _, rest = authority.partition(b"]")
+        return host + b"]", rest[1:]
+    host, _, port = authority.partition(b":")
+    return host, port

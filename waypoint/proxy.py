@@ -1,0 +1,108 @@
+"""What all connections of this waypoint share: the Store, our certificate, the reactor, endpoints,
+timers, records. No behaviour of its own beyond starting tasks and calling back at the turn's end.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from mesh.hbone.head import Baggage
+from mesh.identity import SpiffeId
+from mesh.model.workload import NetworkAddress, Workload
+from mesh.reactor import Reactor
+from mesh.runtime import lifecycle
+from mesh.secrets import SecretManager
+from mesh.tls.contexts import TlsContexts
+from waypoint.config import WaypointConfig
+from waypoint.dial import Dialler
+from waypoint.record import Journal
+from waypoint.timers import Timers
+from waypoint.traffic import TrafficStore
+from waypoint.upstream import Upstreams
+
+
+class Proxy:
+    """The parts that every connection works with."""
+
+    def __init__(
+        self,
+        config: WaypointConfig,
+        store: TrafficStore,
+        reactor: Reactor,
+        secrets: SecretManager,
+        journal: Journal,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.config = config
+        self.store = self.traffic = store
+        self.reactor = reactor
+        self.secrets = secrets
+        self.journal = journal
+        self.identity = SpiffeId(config.trust_domain, config.pod_namespace, config.service_account)
+        self.contexts = TlsContexts()
+        # Spreads load and names traces; nothing secret depends on it.
+        self.rng = random.Random()  # noqa: S311
+        self.version = 0
+        self.is_draining = False
+        self._nursery = nursery
+        self._later: list[Callable[[], None]] = []
+        self.timers = Timers()
+        self.dialler = Dialler(self, nursery)
+        self.upstreams = Upstreams(self)
+        self._own: Workload | None = None
+        self._own_version = -1
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    def changed(self) -> None:
+        """The Store changed: nothing derived from it holds any more."""
+        self.version += 1
+
+    def own_workload(self) -> Workload:
+        """Ourselves as the control plane knows us, else as far as we know."""
+        if self._own is None or self._own_version != self.version:
+            config = self.config
+            address = NetworkAddress(config.network, config.instance_ip)
+            self._own_version = self.version
+            self._own = self.store.workload_by_address(address) or Workload(
+                uid="", name=config.pod_name, namespace=config.pod_namespace,
+                addresses=(config.instance_ip,), network=config.network, node=config.node_name,
+                trust_domain=config.trust_domain, service_account=config.service_account,
+                cluster_id=config.cluster_id,
+            )  # fmt: skip
+        return self._own
+
+    def baggage(self) -> Baggage:
+        """What we tell the endpoints' node proxies about us."""
+        own = self.own_workload()
+        return Baggage(
+            cluster=own.cluster_id, namespace=own.namespace, workload_type="deployment",
+            workload_name=own.workload_name or self.config.gateway_name,
+            service_name=own.canonical_name or self.config.gateway_name,
+            service_version=own.canonical_revision or "latest",
+        )  # fmt: skip
+
+    def start(self, task: Callable[[], Awaitable[object]]) -> None:
+        """A task of its own; what it lets escape is reported and ends only it."""
+        self._nursery.start_soon(lifecycle.guard, "waypoint", task)
+
+    def later(self, call: Callable[[], None]) -> None:
+        """Call at the end of this turn of the reactor."""
+        if not self._later:
+            self.reactor.defer(self)
+        self._later.append(call)
+
+    def flush(self) -> None:
+        """The turn's end."""
+        calls, self._later = self._later, []
+        for call in calls:
+            lifecycle.call("later", call)
+
+    def on_failed(self, error: Exception) -> None:
+        """Never called: `flush` lets nothing escape."""

@@ -1,0 +1,198 @@
+"""What is told of each request when it is over: one access-log line and one set of metrics.
+
+Field and label names are Istio's. Headers, bodies and queries are never part of it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from mesh.errors import Refusal, RemoteProtocolError
+from mesh.identity import SpiffeId
+from mesh.model.workload import Workload
+from mesh.runtime.http_metrics import HttpMetrics, Series
+
+if TYPE_CHECKING:
+    from waypoint.exchange import Exchange
+    from waypoint.inbound import Inbound
+    from waypoint.upstream import Endpoint
+
+_UNKNOWN = "unknown"
+_MAX_KNOWN = 1024
+_MAX_PATH = 2048
+
+
+class AccessSink(Protocol):
+    """Where access-log lines go."""
+
+    def record(self, fields: dict[str, object]) -> None:
+        """Queue one line."""
+        ...
+
+
+class Journal:
+    """Writes records."""
+
+    def __init__(self, access: AccessSink, metrics: HttpMetrics) -> None:
+        self._access = access
+        self._metrics = metrics
+        self._known: dict[tuple[object, ...], Series] = {}
+
+    def finished(self, exchange: Exchange, endpoint: Endpoint | None) -> None:
+        """A request is over."""
+        now = time.monotonic()
+        inbound, request = exchange.inbound, exchange.request
+        milliseconds = (now - exchange.started_at) * 1000
+        workload = endpoint.candidate.workload if endpoint is not None else None
+        key = (inbound.source, inbound.source_ip, inbound.service_key, id(workload),
+               exchange.status, exchange.flag, request.is_grpc, exchange.grpc_status)  # fmt: skip
+        series = self._known.get(key)
+        if series is None:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            labels = _labels(inbound, workload, exchange)
+            series = self._known[key] = self._metrics.series(labels)
+        series.add(milliseconds, exchange.bytes_in, exchange.bytes_out, now)
+        self._access.record(_fields(exchange, workload, milliseconds))
+
+    def connection(
+        self, inbound: Inbound, flag: str, reason: str, sent: int, received: int, started: float
+    ) -> None:
+        """An opaque connection is over."""
+        self._access.record(
+            _of(
+                {
+                    "level": "error" if reason else "info",
+                    "message": "connection complete",
+                    "direction": "inbound",
+                    "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
+                    "src.identity": str(inbound.source),
+                    "dst.service": inbound.service_key.partition("/")[2],
+                    "bytes_sent": received,
+                    "bytes_recv": sent,
+                    "duration": f"{max(0, round((time.monotonic() - started) * 1000))}ms",
+                    "response_flags": flag,
+                    "error": reason,
+                }
+            )
+        )
+
+    def refused(self, source: SpiffeId, address: str, authority: str, refusal: Refusal) -> None:
+        """A tunnel was refused."""
+        self._access.record(
+            {
+                "level": "error",
+                "message": "tunnel refused",
+                "direction": "inbound",
+                "src.addr": address,
+                "src.identity": str(source),
+                "dst.hbone_addr": authority,
+                "status": refusal.http_status,
+                "response_flags": refusal.flag,
+                "error": refusal.reason,
+            }
+        )
+
+    def malformed(self, inbound: Inbound, error: RemoteProtocolError) -> None:
+        """A request could not be read."""
+        self._access.record(
+            {
+                "level": "error",
+                "message": "request malformed",
+                "direction": "inbound",
+                "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
+                "src.identity": str(inbound.source),
+                "dst.service": inbound.service_key.partition("/")[2],
+                "status": error.http_status,
+                "response_flags": "DPE",
+                "error": str(error),
+            }
+        )
+
+
+def _of(fields: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value != ""}
+
+
+def _fields(
+    exchange: Exchange, workload: Workload | None, milliseconds: float
+) -> dict[str, object]:
+    inbound, request = exchange.inbound, exchange.request
+    source = inbound.source_workload()
+    request_id = request.headers.get(b"x-request-id") or b""
+    trace = request.headers.get(b"traceparent") or b""
+    return _of(
+        {
+            "level": "error" if exchange.reason else "info",
+            "message": "request complete",
+            "id": request_id.decode("latin-1")[:64],
+            "trace_id": trace[3:35].decode("latin-1"),
+            "direction": "inbound",
+            "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
+            "src.workload": source.name if source is not None else "",
+            "src.namespace": inbound.source.namespace,
+            "src.identity": str(inbound.source),
+            "dst.service": inbound.service_key.partition("/")[2],
+            "dst.workload": workload.name if workload is not None else "",
+            "dst.namespace": workload.namespace if workload is not None else "",
+            "method": request.method.decode("latin-1"),
+            "authority": request.authority.decode("latin-1"),
+            "path": request.path[:_MAX_PATH].decode("latin-1"),
+            "status": exchange.status,
+            "grpc_status": exchange.grpc_status,
+            "route": request.route,
+            "route.rule": request.rule if request.route else "",
+            "policy": exchange.policy,
+            "rule": exchange.rule_name,
+            "bytes_recv": exchange.bytes_in,
+            "bytes_sent": exchange.bytes_out,
+            "tries": exchange.tries,
+            "duration": f"{max(0, round(milliseconds))}ms",
+            "response_flags": exchange.flag,
+            "error": exchange.reason,
+        }
+    )
+
+
+def _labels(inbound: Inbound, workload: Workload | None, exchange: Exchange) -> tuple[str, ...]:
+    service = inbound.target.service
+    source = _party(inbound.source_workload())
+    destination = _party(workload)
+    baggage = inbound.baggage
+    if source[0] == _UNKNOWN and baggage is not None:
+        # What the peer says of itself: good enough for a label, never for a decision.
+        source = (
+            baggage.workload_name or _UNKNOWN, baggage.service_name or _UNKNOWN,
+            baggage.service_version or _UNKNOWN, inbound.source.namespace,
+            baggage.cluster or _UNKNOWN,
+        )  # fmt: skip
+    is_mesh = workload is not None and workload.tunnel_protocol.name == "HBONE"
+    principal = str(workload.identity) if workload is not None and is_mesh else _UNKNOWN
+    return (
+        "waypoint",
+        source[0], source[1], source[2], source[3], str(inbound.source), source[1], source[2],
+        source[4],
+        service.hostname if service is not None else _UNKNOWN,
+        service.namespace if service is not None else _UNKNOWN,
+        service.name if service is not None else _UNKNOWN,
+        destination[0], destination[1], destination[2], destination[3], principal,
+        destination[1], destination[2], destination[4],
+        "grpc" if exchange.request.is_grpc else "http",
+        str(exchange.status),
+        exchange.grpc_status,
+        exchange.flag,
+        "mutual_tls",
+    )  # fmt: skip
+
+
+def _party(workload: Workload | None) -> tuple[str, str, str, str, str]:
+    if workload is None:
+        return (_UNKNOWN,) * 5
+    return (
+        workload.workload_name or workload.name or _UNKNOWN,
+        workload.canonical_name or _UNKNOWN,
+        workload.canonical_revision or _UNKNOWN,
+        workload.namespace or _UNKNOWN,
+        workload.cluster_id or _UNKNOWN,
+    )
