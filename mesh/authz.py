@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -226,34 +228,114 @@ def _compile_clause(clause: Clause, action: Action) -> _Test:
     return _any([_compile_match(match, action) for match in clause.matches])
 
 
-class CompiledPolicy:
-    """One policy as tests; `matching_rule` gives the index of the first rule that matches."""
+# -- anchors: what the facts must say for a rule to match at all, so that it is not asked in vain
 
-    __slots__ = ("_rules", "action", "dry_run", "key")
+_Anchor: TypeAlias = tuple[str, frozenset[object]]
+
+
+def _exact(values: Sequence[StringMatch]) -> frozenset[object] | None:
+    if any(each.kind is not StringKind.EXACT for each in values):
+        return None
+    return frozenset(each.value.removeprefix("spiffe://") for each in values)
+
+
+def _anchors_of_match(match: Match) -> dict[str, frozenset[object]]:
+    found: dict[str, frozenset[object]] = {}
+    if match.principals and (principals := _exact(match.principals)) is not None:
+        found["principal"] = principals
+    if match.service_accounts:
+        found["service_account"] = frozenset(
+            (each.namespace, each.service_account) for each in match.service_accounts
+        )
+    if match.namespaces and all(each.kind is StringKind.EXACT for each in match.namespaces):
+        found["namespace"] = frozenset(each.value for each in match.namespaces)
+    if match.destination_ports:
+        found["port"] = frozenset(match.destination_ports)
+    return found
+
+
+def _find_anchor(clauses: Sequence[Clause]) -> _Anchor | None:
+    """The first kind of fact of which one clause names every value that it can take."""
+    for kind in _ANCHOR_KINDS:
+        for clause in clauses:
+            each = [_anchors_of_match(match).get(kind) for match in clause.matches]
+            named = [values for values in each if values is not None]
+            if len(named) == len(each):
+                return kind, frozenset().union(*named)
+    return None
+
+
+_ANCHOR_KINDS = ("principal", "service_account", "namespace", "port")
+
+
+class CompiledPolicy:
+    """One policy as tests: of each rule the anchor, if it has one, and whether it matches."""
+
+    __slots__ = ("action", "dry_run", "key", "rules")
 
     def __init__(self, policy: Authorization) -> None:
         self.key = policy.key
         self.action = policy.action
         self.dry_run = policy.dry_run
-        self._rules: list[_Test] = []
+        self.rules: list[tuple[_Anchor | None, _Test]] = []
         for rule in policy.rules:
             # A clause without matches is true, so it need not be asked.
-            clauses = [
-                _compile_clause(each, policy.action) for each in rule.clauses if each.matches
-            ]
-            self._rules.append(_all(clauses) if clauses else _always)
+            clauses = [each for each in rule.clauses if each.matches]
+            tests = [_compile_clause(each, policy.action) for each in clauses]
+            self.rules.append((_find_anchor(clauses), _all(tests) if tests else _always))
 
-    def matching_rule(self, facts: _Facts) -> int | None:
-        """The first rule that matches, or None."""
-        for index, test in enumerate(self._rules):
+
+_Entry: TypeAlias = tuple[int, str, int, _Test]
+
+
+class _RuleSet:
+    """The rules of many policies, in their order; only those are asked whose anchor agrees."""
+
+    __slots__ = ("_anchored", "_general", "keys")
+
+    def __init__(self, policies: Sequence[CompiledPolicy]) -> None:
+        self.keys = [each.key for each in policies]
+        self._general: list[_Entry] = []
+        self._anchored: dict[str, dict[object, list[_Entry]]] = {}
+        order = 0
+        for policy in policies:
+            for index, (anchor, test) in enumerate(policy.rules):
+                entry = (order, policy.key, index, test)
+                order += 1
+                if anchor is None:
+                    self._general.append(entry)
+                    continue
+                kind, values = anchor
+                by_value = self._anchored.setdefault(kind, {})
+                for value in values:
+                    by_value.setdefault(value, []).append(entry)
+
+    def find(self, facts: _Facts) -> tuple[str, int] | None:
+        """Policy and rule of the first that matches, or None."""
+        candidates = [self._general] if self._general else []
+        for kind, by_value in self._anchored.items():
+            entries = by_value.get(getattr(facts, kind))
+            if entries:
+                candidates.append(entries)
+        if not candidates:
+            return None
+        if len(candidates) == 1:
+            entries = candidates[0]
+        else:
+            entries = sorted(itertools.chain.from_iterable(candidates), key=_order)
+        for _, policy, rule, test in entries:
             if test(facts):
-                return index
+                return policy, rule
         return None
+
+
+_order = operator.itemgetter(0)
 
 
 class Judge:
     """A set of policies, ready to be asked. Dry-run policies decide nothing, unless
-    `enforce_dry_run` asks what they would decide.
+    `enforce_dry_run` asks what they would decide. Asking takes as long as there are rules that
+    concern the caller or the port by name, or none of both.
     """
 
     __slots__ = ("_allow", "_deny")
@@ -262,26 +344,26 @@ class Judge:
         self, policies: Iterable[CompiledPolicy], *, enforce_dry_run: bool = False
     ) -> None:
         enforced = [each for each in policies if enforce_dry_run or not each.dry_run]
-        self._deny = [each for each in enforced if each.action is Action.DENY]
-        self._allow = [each for each in enforced if each.action is Action.ALLOW]
+        self._deny = _RuleSet([each for each in enforced if each.action is Action.DENY])
+        self._allow = _RuleSet([each for each in enforced if each.action is Action.ALLOW])
 
     def evaluate(self, context: ConnectionContext) -> Permit | Refusal:
         """Judge one connection. Raises ValueError if an address of the context is not one."""
         facts = _Facts(context)
-        for policy in self._deny:
-            rule = policy.matching_rule(facts)
-            if rule is not None:
-                return _refusal(f"denied by policy {policy.key}, rule {rule}", policy.key, rule)
-        if not self._allow:
+        found = self._deny.find(facts)
+        if found is not None:
+            policy, rule = found
+            return _refusal(f"denied by policy {policy}, rule {rule}", policy, rule)
+        keys = self._allow.keys
+        if not keys:
             return Permit()
-        for policy in self._allow:
-            rule = policy.matching_rule(facts)
-            if rule is not None:
-                return Permit(policy.key, rule)
-        names = ", ".join(each.key for each in self._allow[:_NAMED_IN_REASON])
-        if len(self._allow) > _NAMED_IN_REASON:
-            names += f" and {len(self._allow) - _NAMED_IN_REASON} more"
-        return _refusal(f"no ALLOW policy matched ({names})", self._allow[0].key, None)
+        found = self._allow.find(facts)
+        if found is not None:
+            return Permit(*found)
+        names = ", ".join(keys[:_NAMED_IN_REASON])
+        if len(keys) > _NAMED_IN_REASON:
+            names += f" and {len(keys) - _NAMED_IN_REASON} more"
+        return _refusal(f"no ALLOW policy matched ({names})", keys[0], None)
 
 
 def _refusal(reason: str, policy: str, rule: int | None) -> Refusal:

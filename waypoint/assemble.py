@@ -1,9 +1,11 @@
 """Which filters a service's policies become, and in which order.
 
-    1. RequestAuthentication   who the token says it is: the policies after it ask for that
-    2. AuthorizationPolicy     whoever is denied costs nothing more
-    3. RateLimitPolicy         only what may pass is counted
-    4. RedactionPolicy         last, so that policy judges what the caller sent
+    fault, cors             a rule's own: they answer before anybody is asked who they are, and
+                            a preflight carries no credentials
+    RequestAuthentication   whose token it is, for what follows
+    AuthorizationPolicy     whoever is denied costs nothing more
+    RateLimitPolicy         only what is allowed is counted
+    RedactionPolicy         last, so that policy judges what the caller sent
 
 A policy that no filter here carries out answers 500: it must not be left out in silence.
 

@@ -173,6 +173,7 @@ class H1Down:
                 self._exchange.on_request_data(memoryview(early))
             return
         extra = b""
+        ends = ends or head.method == b"HEAD" or status in _NO_BODY
         if not any(name == b"content-length" for name, _ in pairs):
             if not ends:
                 if head.is_http10:

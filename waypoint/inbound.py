@@ -24,6 +24,7 @@ from mesh.runtime import log
 from mesh.tls.context import verify_client_peer
 from waypoint.detect import Speech, server_name, sniff
 from waypoint.h1_down import H1Down
+from waypoint.h2_down import H2Down
 from waypoint.pipe import serve_opaque
 from waypoint.target import Own, Target, plan_tunnel
 from waypoint.timers import Timer
@@ -224,6 +225,9 @@ class _Sniffer:
         if speech is Speech.HTTP1:
             transport.codec = codec = H1Down(self._inbound, transport)
             codec.on_data(memoryview(data))
+        elif speech is Speech.HTTP2:
+            transport.codec = channel = H2Down(self._inbound, transport)
+            channel.on_data(memoryview(data))
         else:
             serve_opaque(self._inbound, transport, data)
 

@@ -66,8 +66,8 @@ class Forward:
     session: SessionPersistence | None = None
 
     def filters_with(self, others: Sequence[Filter]) -> Sequence[Filter]:
-        """The service's filters, then the rule's."""
-        return [*others, *self.filters] if self.filters else others
+        """The rule's filters, then the service's."""
+        return [*self.filters, *others] if self.filters else others
 
     def change_request(self, request: Request) -> None:
         """Header changes and rewrites, in their order."""

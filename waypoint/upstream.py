@@ -22,6 +22,7 @@ from mesh.model.route import DEFAULT_BACKEND, BackendSettings
 from mesh.model.service import AppProtocol
 from mesh.model.workload import NamespacedHostname
 from waypoint.h1_up import H1Up
+from waypoint.h2_up import H2Up
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -38,15 +39,33 @@ _HTTP2 = frozenset({AppProtocol.HTTP2, AppProtocol.GRPC})
 class Endpoint:
     """A workload's port, with what we know of it and the connections we have to it."""
 
-    __slots__ = ("_draws", "_ejections", "_errors", "_ewma", "_h2", "_idle", "_proxy", "_settings",
-                 "active", "candidate", "ejected_until", "last_used")  # fmt: skip
+    __slots__ = (
+        "_draws",
+        "_ejections",
+        "_errors",
+        "_ewma",
+        "_h2",
+        "_idle",
+        "_is_dialling",
+        "_proxy",
+        "_settings",
+        "_waiting",
+        "active",
+        "candidate",
+        "ejected_until",
+        "is_http2",
+        "last_used",
+    )  # fmt: skip
 
     def __init__(self, proxy: Proxy, candidate: Candidate) -> None:
         self._proxy = proxy
         self.candidate = candidate
         self._settings: BackendSettings = DEFAULT_BACKEND
         self._idle: list[H1Up] = []
-        self._h2: object | None = None
+        self._h2: list[H2Up] = []
+        self._waiting: list[tuple[Exchange, int]] = []
+        self._is_dialling = False
+        self.is_http2 = False
         self._ewma = _FIRST_GUESS_SECONDS
         self._errors = self._ejections = 0
         self.active = 0
@@ -65,6 +84,9 @@ class Endpoint:
 
     def open(self, exchange: Exchange) -> None:
         """Connect `exchange`: now, if a connection is idle, else as soon as there is one."""
+        if self.is_http2 or exchange.request.is_grpc:
+            self._open_http2(exchange)
+            return
         idle = self._idle
         while idle:
             up = idle.pop()
@@ -73,6 +95,43 @@ class Endpoint:
                 exchange.connected(up)
                 return
         self._proxy.start(functools.partial(self._connect, exchange, exchange.tries))
+
+    def _open_http2(self, exchange: Exchange) -> None:
+        for each in self._h2:
+            if each.can_open:
+                exchange.connected(each.new_stream(exchange))
+                return
+        self._waiting.append((exchange, exchange.tries))
+        if not self._is_dialling:
+            self._is_dialling = True
+            self._proxy.start(self._connect_http2)
+
+    async def _connect_http2(self) -> None:
+        """One connection for all that wait; what it cannot take waits for the next."""
+        reason = "internal error"
+        channel: H2Up | None = None
+        try:
+            transport = await self._proxy.dialler.dial(self.candidate)
+            channel = H2Up(self._proxy.reactor, transport, self._h2_gone)
+            self._h2.append(channel)
+            transport.start(channel)
+            channel.touch()
+        except MeshError as exc:
+            reason = str(exc)
+        finally:
+            self._is_dialling = False
+            waiting, self._waiting = self._waiting, []
+            for exchange, number in waiting:
+                if not exchange.waits_for(self, number):
+                    continue
+                if channel is None:
+                    exchange.on_up_lost(reason, is_refused=True)
+                else:
+                    self._open_http2(exchange)
+
+    def _h2_gone(self, channel: H2Up) -> None:
+        if channel in self._h2:
+            self._h2.remove(channel)
 
     async def _connect(self, exchange: Exchange, number: int) -> None:
         transport: Transport | None = None
@@ -109,6 +168,9 @@ class Endpoint:
         """Close connections that have been idle since before `before`."""
         for up in [each for each in self._idle if each.idle_since < before]:
             up.close()
+        if before == float("inf"):
+            for channel in list(self._h2):
+                channel.close_if_idle()
 
     # ---- what happened
 
@@ -232,6 +294,9 @@ class Upstreams:
             self._endpoint(each) for each in chosen.candidates if each.workload.capacity
         ]
         backend.reason = chosen.reason
+        described = known.ports.get(port)
+        for endpoint in backend.endpoints:
+            endpoint.is_http2 = described is not None and described.app_protocol in _HTTP2
 
     def _endpoint(self, candidate: Candidate) -> Endpoint:
         key = (candidate.workload.uid, candidate.port)

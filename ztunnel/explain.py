@@ -46,9 +46,14 @@ class EveryChoice:
         self._widths: list[int] = []
         self._depth = 0
 
-    def choices(self, population: Sequence[int], weights: Sequence[int]) -> list[int]:
+    def choices(self, population: Sequence[int], *, cum_weights: Sequence[int]) -> list[int]:
         """The next one that chance could choose, as a list of one."""
-        possible = [each for each, weight in zip(population, weights, strict=True) if weight]
+        before = (0, *cum_weights[:-1])
+        possible = [
+            each
+            for each, low, high in zip(population, before, cum_weights, strict=True)
+            if high > low
+        ]
         if self._depth == len(self._path):
             self._path.append(0)
             self._widths.append(len(possible))

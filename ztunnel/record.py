@@ -195,22 +195,21 @@ def _namespace(workload: Workload | None, identity: SpiffeId | None) -> str:
     return identity.namespace if identity is not None else ""
 
 
-_Parts = tuple[Workload | None, Workload | None, Service | None]
-_known_labels: dict[tuple[object, ...], tuple[_Parts, TcpLabels]] = {}
+_known_labels: dict[tuple[object, ...], tuple[tuple[object, ...], TcpLabels]] = {}
 
 
 def _labels(record: Record) -> TcpLabels:
-    # The same few for thousands of connections. By identity, because hashing a workload costs
-    # more than its labels do; the entry keeps the objects, so that the ids stay theirs.
-    parts = (record.source, record.destination, record.service)
-    key = (
-        record.direction,
-        record.is_mutual_tls,
-        *map(id, parts),
+    # The same few for thousands of connections. By identity, because hashing what they are made
+    # of costs more than making them; the entry keeps the objects, so that the ids stay theirs.
+    parts = (
+        record.source,
+        record.destination,
+        record.service,
         record.source_identity,
         record.destination_identity,
         record.peer_baggage,
     )
+    key = (record.direction, record.is_mutual_tls, *map(id, parts))
     known = _known_labels.get(key)
     if known is None:
         if len(_known_labels) >= _MAX_KNOWN_LABELS:
@@ -293,8 +292,20 @@ def _party(workload: Workload | None, identity: SpiffeId | None, baggage: Baggag
     return _Party(namespace=identity.namespace if identity else UNKNOWN, principal=principal)
 
 
+_known_baggage: dict[int, tuple[Workload, Baggage]] = {}
+
+
 def baggage_of(workload: Workload) -> Baggage:
     """What a workload tells the other end of a tunnel about itself."""
+    known = _known_baggage.get(id(workload))
+    if known is None:
+        if len(_known_baggage) >= _MAX_KNOWN_LABELS:
+            _known_baggage.clear()
+        known = _known_baggage[id(workload)] = (workload, _make_baggage(workload))
+    return known[1]
+
+
+def _make_baggage(workload: Workload) -> Baggage:
     return Baggage(
         cluster=workload.cluster_id,
         namespace=workload.namespace,

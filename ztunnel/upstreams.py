@@ -5,6 +5,7 @@ The half of routing that both directions share; `ztunnel.plan` decides with it. 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from mesh.errors import ConfigError, Refusal
@@ -42,7 +43,8 @@ def service_waypoint(service: Service, rng: Random) -> GatewayAddress | None:
     """The waypoint to use for a service this time; None when it has none."""
     weighted = [each for each in service.weighted_waypoints if each.weight]
     if weighted:
-        index = rng.choices(range(len(weighted)), [each.weight for each in weighted])[0]
+        cumulated = list(itertools.accumulate(each.weight for each in weighted))
+        (index,) = rng.choices(range(len(weighted)), cum_weights=cumulated)
         return weighted[index].destination
     return service.waypoint
 

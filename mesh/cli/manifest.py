@@ -130,6 +130,7 @@ def _controller(values: Values) -> Object:
                 "CLUSTER_ID": values.cluster_id,
                 "CLUSTER_DOMAIN": values.cluster_domain,
                 "MONITORING_HOST": "::",
+                "WAYPOINT_IMAGE": values.image,
                 "LOG_LEVEL": values.log_level,
                 "LOG_FORMAT": "json",
             }

@@ -158,7 +158,9 @@ class ApiServer:
         if 200 <= response.status <= 299:
             _current.call.read(response)
             return response
-        raise _failure(response)
+        failure = _failure(response)
+        _current.call.finish()
+        raise failure
 
 
 # -- in threads ----------------------------------------------------------------------------
@@ -201,6 +203,8 @@ class _Call:
             if self._is_cancelled:
                 raise ConnectionAbortedError("cancelled")
             self._connections.append(connection)
+        with _owning:
+            connection.owner = self
 
     def read(self, response: Any) -> None:
         """This call is going to read a response."""
@@ -219,23 +223,29 @@ class _Call:
             if not self._is_running:
                 self._close()
                 return
-            for connection in self._connections:
-                if connection.sock is None:
-                    continue
-                # Not SSLSocket.shutdown, which would pull the TLS state away from the reader.
-                with suppress(OSError):
-                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+            with _owning:
+                for connection in self._connections:
+                    if connection.owner is not self or connection.sock is None:
+                        continue
+                    # Not SSLSocket.shutdown: it would pull the TLS state away from the reader.
+                    with suppress(OSError):
+                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def _close(self) -> None:
         if self._response is not None:
             self._response.close()
-        for connection in self._connections:
-            connection.close()
+        with _owning:
+            for connection in self._connections:
+                if connection.owner is self:
+                    connection.close()
         self._connections.clear()
         self._response = None
 
 
 _current = threading.local()
+# A connection goes back to the pool when an answer is read, before the call that read it is
+# over: by then it may be another call's. Held while one changes hands, or is ended.
+_owning = threading.Lock()
 
 
 def _new_client(access: Access) -> Any:
@@ -288,6 +298,8 @@ def _new_client(access: Access) -> Any:
 
 class _Cancellable:
     """Mixed into urllib3's connections: the call in this thread learns what it uses."""
+
+    owner: _Call | None = None
 
     def connect(self) -> None:
         _current.call.use(self)

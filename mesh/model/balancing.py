@@ -7,6 +7,7 @@ detection: this is the tunnel's layer. Pure; the random numbers come in.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,8 +20,8 @@ from mesh.model.workload import Workload, WorkloadStatus
 class Random(Protocol):
     """The part of `random.Random` that a choice needs."""
 
-    def choices(self, population: Sequence[int], weights: Sequence[int]) -> list[int]:
-        """One weighted choice, as a list of one."""
+    def choices(self, population: Sequence[int], *, cum_weights: Sequence[int]) -> list[int]:
+        """One choice by cumulated weights, as a list of one."""
         ...
 
 
@@ -79,6 +80,19 @@ def locality_rank(preference: Sequence[Scope], source: Workload, workload: Workl
     return rank
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Who may be chosen; cumulated weights, empty when nobody has any; why nobody is here.
+    It keeps what it was made of, so that their ids stay theirs.
+    """
+
+    candidates: Sequence[Candidate]
+    cumulated: Sequence[int]
+    reason: str
+    service: Service
+    endpoints: Sequence[Endpoint]
+
+
 def choose_endpoint(
     service: Service,
     endpoints: Sequence[Endpoint],
@@ -88,18 +102,59 @@ def choose_endpoint(
 ) -> Choice:
     """Choose an endpoint of `service` for `source`. Only endpoints on the source's network
     are candidates; without one, the reason says whether others exist.
+
+    Logarithmic in the number of endpoints, as long as `service` and `endpoints` are the same
+    objects: the Store makes new ones when something changes.
     """
-    found = find_candidates(service, endpoints, service_port, source)
-    weights = [each.workload.capacity for each in found.candidates]
-    if found.candidates:
-        return Choice(found.candidates[rng.choices(range(len(weights)), weights)[0]])
-    return Choice(None, found.reason)
+    group = _group(service, endpoints, service_port, source)
+    if not group.cumulated:
+        return Choice(None, group.reason)
+    (chosen,) = rng.choices(range(len(group.candidates)), cum_weights=group.cumulated)
+    return Choice(group.candidates[chosen])
 
 
 def find_candidates(
     service: Service, endpoints: Sequence[Endpoint], service_port: int, source: Workload
 ) -> Candidates:
     """The endpoints among which chance, weighted by capacity, may decide; or why there is none."""
+    group = _group(service, endpoints, service_port, source)
+    return Candidates(tuple(group.candidates) if group.cumulated else (), group.reason)
+
+
+_known_groups: dict[tuple[object, ...], _Group] = {}
+_MAX_KNOWN_CANDIDATES = 50_000
+_known_candidates = 0
+
+
+def _group(
+    service: Service, endpoints: Sequence[Endpoint], service_port: int, source: Workload
+) -> _Group:
+    global _known_candidates
+    place = source.locality
+    key = (
+        id(service),
+        id(endpoints),
+        service_port,
+        source.network,
+        source.cluster_id,
+        source.node,
+        place.region,
+        place.zone,
+        place.subzone,
+    )
+    known = _known_groups.get(key)
+    if known is None:
+        if _known_candidates > _MAX_KNOWN_CANDIDATES:
+            _known_groups.clear()
+            _known_candidates = 0
+        known = _known_groups[key] = _make_group(service, endpoints, service_port, source)
+        _known_candidates += len(endpoints) + 1
+    return known
+
+
+def _make_group(
+    service: Service, endpoints: Sequence[Endpoint], service_port: int, source: Workload
+) -> _Group:
     listed = service_port in service.ports
     policy = service.load_balancing
     candidates: list[Candidate] = []
@@ -121,11 +176,12 @@ def find_candidates(
         if port is not None:
             candidates.append(Candidate(workload, port))
     group = _closest(candidates, policy, source)
-    if any(each.workload.capacity for each in group):
-        return Candidates(tuple(group))
-    return Candidates(
-        (), _why_nobody(service, endpoints, service_port, len(candidates), unready, remote)
-    )
+    cumulated = list(itertools.accumulate(each.workload.capacity for each in group))
+    reason = ""
+    if not cumulated or not cumulated[-1]:
+        cumulated = []
+        reason = _why_nobody(service, endpoints, service_port, len(candidates), unready, remote)
+    return _Group(group, cumulated, reason, service, endpoints)
 
 
 def choose_address(workload: Workload, requested: str, families: IpFamilies) -> str | None:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TextIO
 
+import msgspec
 import trio
 
 if "rich" in sys.modules:
@@ -42,6 +43,7 @@ LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error
 _levels: dict[str, int] = {"": LEVELS["info"]}
 _configured = ["info"]
 # json.dumps makes an encoder for every call that asks for anything special.
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 _to_json = json_module.JSONEncoder(default=str, ensure_ascii=False).encode
 
 EventDict = MutableMapping[str, Any]
@@ -174,8 +176,11 @@ class AccessLog:
 
     def record(self, fields: Mapping[str, object]) -> None:
         """Queue one line, with `time` and `scope` added; drops it when the buffer is full."""
-        line = _to_json({"time": self._now(), "scope": "access", **fields})
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        line = {"time": self._now(), "scope": "access", **fields}
+        try:
+            data = _encode(line) + b"\n"
+        except UnicodeEncodeError:  # half a surrogate pair, from a peer's text
+            data = _to_json(line).encode("utf-8", "backslashreplace") + b"\n"
         if self._size + len(data) > self._limit:
             self.dropped += 1
             return

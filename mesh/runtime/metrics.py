@@ -153,6 +153,8 @@ class TcpMetrics:
         self._idle = idle_seconds
         self._clock = clock
         self._series: dict[TcpLabels, _TcpSeries] = {}
+        # The same by the labels' id, because hashing 25 of them costs more than counting does.
+        self._recent: dict[int, tuple[TcpLabels, _TcpSeries]] = {}
         self._next_expiry = 0.0
 
     def opened(self, labels: TcpLabels) -> None:
@@ -195,6 +197,8 @@ class TcpMetrics:
             for labels, one in self._series.items()
             if not one.open_now and one.last_used < now - self._idle
         ]
+        if stale:
+            self._recent.clear()
         for labels in stale:
             del self._series[labels]
             values = _values(labels)
@@ -204,11 +208,14 @@ class TcpMetrics:
         return len(stale)
 
     def _find(self, labels: TcpLabels) -> _TcpSeries:
-        series = self._series.get(labels)
-        if series is None:
-            series = self._add(labels)
-        series.last_used = self._clock()
-        return series
+        recent = self._recent.get(id(labels))
+        if recent is None:
+            if len(self._recent) >= 512:
+                self._recent.clear()
+            recent = (labels, self._series.get(labels) or self._add(labels))
+            self._recent[id(labels)] = recent
+        recent[1].last_used = self._clock()
+        return recent[1]
 
     def _add(self, labels: TcpLabels) -> _TcpSeries:
         if len(self._series) >= self._max and self._clock() >= self._next_expiry:

@@ -437,6 +437,55 @@ def test_a_controller_without_an_api_server_goes_on(
     eventually_served(kube, f"/api/v1/namespaces/later/configmaps/{values.ROOT_CERTIFICATE}")
 
 
+def test_a_gateway_becomes_a_waypoint_with_a_status(
+    installed: KubeServer, replicas: list[tuple[Daemon, int]]
+) -> None:
+    kube = installed
+    gateway = {
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "Gateway",
+        "metadata": {"name": "way", "namespace": "demo"},
+        "spec": {
+            "gatewayClassName": values.GATEWAY_CLASS,
+            "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE"}],
+        },
+    }
+    kube.apply(gateway)
+    deployment = eventually_served(kube, "/apis/apps/v1/namespaces/demo/deployments/way")
+    assert deployment["spec"]["template"]["spec"]["serviceAccountName"] == "way"
+    for kind in ("services", "serviceaccounts"):
+        eventually_served(kube, f"/api/v1/namespaces/demo/{kind}/way")
+
+    def condition() -> str:
+        found = kube.request("GET", path_of(gateway))
+        conditions = {each["type"]: each for each in found["status"]["conditions"]}
+        accepted = conditions.get("Accepted", {})
+        return str(accepted.get("status")) if accepted.get("observedGeneration") else ""
+
+    assert eventually(lambda: condition() == "True" and "True") == "True"
+    # Drift is repaired, and what belongs to a Gateway goes with it.
+    drifted = {"spec": {"template": {"spec": {"serviceAccountName": "default"}}}}
+    path = "/apis/apps/v1/namespaces/demo/deployments/way"
+    kube.request("PATCH", path, drifted, content="application/merge-patch+json")
+
+    def account() -> str:
+        return str(kube.request("GET", path)["spec"]["template"]["spec"]["serviceAccountName"])
+
+    eventually(lambda: account() == "way")
+    kube.delete(gateway)
+
+    def is_gone() -> bool:
+        try:
+            kube.request("GET", path)
+        except Failed as exc:
+            return exc.code == 404
+        return False
+
+    eventually(is_gone)
+    for daemon, _ in replicas:
+        assert "forbidden" not in daemon.log.read_text()
+
+
 def test_the_agent_runs_with_its_rights(installed: KubeServer, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("the node agent needs root")

@@ -83,6 +83,27 @@ async def test_what_the_server_refuses_says_why(kube: KubeServer, namespace: str
         await cluster.replace({**made, "data": {"x": "3"}})
 
 
+async def test_calls_that_fail_or_are_given_up_cost_others_nothing(
+    kube: KubeServer, namespace: str
+) -> None:
+    cluster = KubernetesCluster(kube.access())
+    kube.apply(config_map(namespace, "there", x="1"))
+
+    async def look(number: int) -> None:
+        for _ in range(10):
+            if number % 3 == 0:
+                assert await cluster.get(Ref("ConfigMap", namespace, "absent")) is None
+            elif number % 3 == 1:
+                assert await cluster.get(Ref("ConfigMap", namespace, "there")) is not None
+            else:
+                with trio.move_on_after(0.001 * (number % 7)):
+                    await cluster.get(Ref("ConfigMap", namespace, "there"))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(30):
+            nursery.start_soon(look, number)
+
+
 async def test_pages(kube: KubeServer, namespace: str) -> None:
     count = PAGE_LIMIT + 20
     cluster = KubernetesCluster(kube.access())

@@ -60,7 +60,7 @@ def spans(lab: TestLab) -> list[Received]:
 
 def records(lab: TestLab, node: str) -> list[dict[str, object]]:
     lines = b"".join(lab.client.logs(daemon=f"ztunnel@{node}")).splitlines()
-    return [json.loads(line) for line in lines if b'"scope": "access"' in line]
+    return [json.loads(line) for line in lines if b'"scope":"access"' in line]
 
 
 def pair(lab: TestLab, flag: str) -> tuple[Received, Received]:

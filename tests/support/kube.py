@@ -277,6 +277,7 @@ _PLURALS = {
     "AuthorizationPolicy": "authorizationpolicies",
     "RateLimitPolicy": "ratelimitpolicies",
     "RedactionPolicy": "redactionpolicies",
+    "Gateway": "gateways",
     "GatewayClass": "gatewayclasses",
 }
 _CLUSTER_SCOPED = {

@@ -91,6 +91,7 @@ class Mesh:
     authorities: list[str] = field(default_factory=list)
     streams: list[trio.SocketStream] = field(default_factory=list)
     relayed: list[socket.socket] = field(default_factory=list)
+    node_sockets: list[socket.socket] = field(default_factory=list)
 
     @property
     def waypoint(self) -> SocketAddress:
@@ -262,6 +263,8 @@ async def running_waypoint(
             finally:
                 await mesh.close()
                 nursery.cancel_scope.cancel()
+    for sock in mesh.node_sockets:
+        sock.close()
     if bugs:
         raise ExceptionGroup("bugs reported to the reactor", bugs)
 
@@ -363,6 +366,7 @@ async def _serve_node(
             tunnel.refuse(503)
             return
         upstream.setblocking(False)
+        mesh.node_sockets.append(upstream)
         tunnel.respond()
         tunnel.relay(upstream)
 

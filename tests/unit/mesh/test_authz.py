@@ -251,3 +251,34 @@ def test_many_allow_policies_are_not_all_named() -> None:
     refusal = evaluate([policy(name=f"p{i}") for i in range(5)], CONTEXT)
     assert isinstance(refusal, Refusal)
     assert "and 2 more" in refusal.reason
+
+
+def _allow(name: str, **fields: object) -> Authorization:
+    match = Match(**fields)  # type: ignore[arg-type]
+    return Authorization(
+        name=name,
+        namespace="shop",
+        scope=PolicyScope.NAMESPACE,
+        action=Action.ALLOW,
+        rules=(Rule((Clause((match,)),)),),
+    )
+
+
+def test_among_thousands_the_first_that_matches_is_named() -> None:
+    principal = (StringMatch(StringKind.EXACT, "cluster.local/ns/shop/sa/me"),)
+    others = [
+        _allow(f"o{n}", principals=(StringMatch(StringKind.EXACT, f"cluster.local/ns/x/sa/{n}"),))
+        for n in range(2000)
+    ]
+    context = ConnectionContext(SpiffeId("cluster.local", "shop", "me"), "10.0.0.1", "10.0.0.2", 80)
+    by_port = _allow("port", destination_ports=(80,))
+    by_name = _allow("name", principals=principal)
+    by_prefix = _allow("prefix", namespaces=(StringMatch(StringKind.PREFIX, "sh"),))
+    # However a rule is found, by what it names or by asking it, the order of policies decides.
+    for first in (by_port, by_name, by_prefix):
+        rest = [each for each in (by_port, by_name, by_prefix) if each is not first]
+        verdict = evaluate([*others, first, *others, *rest], context)
+        assert verdict == Permit(first.key, 0)
+    assert isinstance(evaluate(others, context), Refusal)
+    nobody = ConnectionContext(None, "10.0.0.1", "10.0.0.2", 81)
+    assert isinstance(evaluate([*others, by_name, by_port], nobody), Refusal)

@@ -231,7 +231,7 @@ def _naive(pattern: str, value: str) -> bool:
     return value.endswith(pattern[1:]) if pattern.startswith("*") else value == pattern
 
 
-WORDS = st.text("ab/*", max_size=5)
+WORDS = st.text("ab/*", min_size=1, max_size=5)
 
 
 @given(st.lists(WORDS, max_size=4), st.text("ab/", max_size=5))

@@ -1,0 +1,71 @@
+"""Telephone numbers: E.164 with a plus, North American, national with a leading nought, and bare
+digits that are called a phone. Groups and lengths decide; there is no table of numbering plans.
+"""
+
+from __future__ import annotations
+
+import re
+
+from waypoint.filters.redact.spans import Found, is_word, naming, stands_alone
+
+PHONE = (
+    rb"\+\(?\d{1,4}\)?(?:[ ./-]{0,2}\(?\d{1,8}\)?){1,7}"
+    rb"|(?:\b(?:00)?1[ .-])?(?:\(\d{3}\)[ -]?|\b\d{3}[ .-])\d{3}[ .-]\d{4}\b"
+    rb"|\b00[1-9](?:[ ./-]?\(?\d{1,8}\)?){2,7}"
+    rb"|(?:\(0\d{1,5}\)|\b0\d{1,5})(?:[ ./-]{1,2}\d{2,8}){1,5}\b"
+    rb"|(?:^|[^0-9A-Za-z_.])\d{7,14}\b|\b\d{3}-\d{4}\b"
+)
+_DATE = re.compile(rb"\d{1,2}([-/.])\d{1,2}\1\d{4}|\d{4}([-/.])\d{1,2}\2\d{1,2}")
+_is_named = naming(
+    rb"phone|mobile|cell|fax|\btel|[._-]tel|call|contact|whats|sms|handy|msisdn|dial|telef|movil"
+)
+_NANP = re.compile(rb"(?:(?:00)?1[ .-])?\(?(\d{3})\)?[ .-]?(\d{3})[ .-]\d{4}")
+_NOT_DIGIT = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
+
+
+def check_phone(view: bytes, start: int, end: int) -> Found:
+    """8 to 15 digits after a plus; with a known shape; or any 7 to 14 that are called a phone."""
+    if view[start] != 43 and (view[start] != 40 or b")" not in view[start:end]):
+        start += not 48 <= view[start] <= 57  # the byte before bare digits
+    text = view[start:end].rstrip(b" ./-(")
+    end = start + len(text)
+    if text.isdigit():
+        return _check_bare(view, start, end, text)
+    digits = text.translate(None, _NOT_DIGIT)
+    before = view[max(0, start - 1) : start]
+    if text[:1] == b"+":
+        if is_word(before) or before in (b"/", b"+", b"=") or is_word(view[end : end + 1]):
+            return start + 1
+        is_one = 8 <= len(digits) <= 15 and digits[0] != 48 and len(set(digits)) > 1
+        return (start, end) if is_one else start + 1
+    if _DATE.match(text) or not stands_alone(view, start, end):
+        return _next_start(text, start, end)
+    north_american = _NANP.fullmatch(text)
+    if north_american:
+        area, exchange = north_american.group(1), north_american.group(2)
+        if area[0] > 49 and area not in (b"000", b"999") and exchange != b"000":
+            return start, end
+    if digits[:2] == b"00":
+        return (start, end) if 10 <= len(digits) <= 17 else _next_start(text, start, end)
+    if digits[:1] == b"0":
+        return (start, end) if 9 <= len(digits) <= 12 else _next_start(text, start, end)
+    if 7 <= len(digits) <= 14 and _is_named(view, start):
+        return start, end
+    return _next_start(text, start, end)
+
+
+def _check_bare(view: bytes, start: int, end: int, text: bytes) -> Found:
+    """A British mobile, an international prefix; all else must be called a phone."""
+    is_one = text[0] == 48 and _BARE.fullmatch(text)
+    if not is_one and not (7 <= len(text) <= 15 and _is_named(view, start)):
+        return end
+    return (start, end) if stands_alone(view, start, end) else end
+
+
+_BARE = re.compile(rb"07[1-9]\d{8}|00[1-9]\d{10,12}")
+
+
+def _next_start(text: bytes, start: int, end: int) -> int:
+    """Where the next group begins: no shape starts in the middle of one."""
+    found = re.search(rb"[ ./()-]", text[1:])
+    return start + 1 + found.start() if found else max(end, start + 1)

@@ -1,0 +1,117 @@
+"""The rules of all policies that concern one direction of one request, compiled together.
+
+`Plan` is shared by all such requests; `Report` is one request's: counts of what was found, by rule
+and location, for the audit record. It never holds a value.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from mesh.model.l7_policy import RedactionPolicy, RedactionRule
+from waypoint.filters.chain import Blocked, Respond
+from waypoint.filters.redact.actions import Secret, replace
+from waypoint.filters.redact.scanner import Scanner
+
+FLAG = "REDACT"
+"""The access log's response flag of what a redaction policy refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveRule:
+    """A rule with its policy and the policy's key."""
+
+    policy: RedactionPolicy
+    rule: RedactionRule
+    secret: Secret | None
+
+    @property
+    def policy_name(self) -> str:
+        """`namespace/name`."""
+        return f"{self.policy.namespace}/{self.policy.name}"
+
+    def replacement(self, kind: str, value: bytes) -> bytes:
+        """What stands for the value. Raises `Blocked`, `ConfigError`."""
+        if self.rule.action.kind == "block":
+            raise Blocked(self.refusal(f"{kind} found"))
+        return replace(self.rule.action, kind, value, self.secret)
+
+    def refusal(self, reason: str) -> Respond:
+        """403, naming policy and rule, never the value."""
+        return Respond(
+            403,
+            b"blocked by redaction policy\n",
+            ((b"content-type", b"text/plain"),),
+            flag=FLAG,
+            policy=self.policy_name,
+            rule=self.rule.name,
+            reason=reason,
+            grpc_status=7,
+        )
+
+
+@dataclass(slots=True)
+class Report:
+    """What was done to one request: (index of the rule, location) -> how often."""
+
+    counts: Counter[tuple[int, str]] = field(default_factory=Counter)
+    uninspected: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """(index of the policy, why) -> how often something passed unseen."""
+
+
+class Plan:
+    """What `rules` ask of one direction. Names of headers, cookies, fields are by lower case."""
+
+    __slots__ = (
+        "cookies", "dry", "form_fields", "headers", "json_paths", "live", "max_body_bytes",
+        "on_uninspectable", "policies", "query_params", "rules",
+    )  # fmt: skip
+
+    def __init__(self, policies: list[tuple[RedactionPolicy, Secret | None]]) -> None:
+        """Raises `ConfigError`: a rule is not understood, or needs a key that is not there."""
+        self.policies = [policy for policy, _ in policies]
+        self.rules = [
+            ActiveRule(policy, rule, secret) for policy, secret in policies for rule in policy.rules
+        ]
+        live = [each for each in enumerate(self.rules) if not each[1].policy.is_dry_run]
+        dry = [each for each in enumerate(self.rules) if each[1].policy.is_dry_run]
+        self.live = Scanner([(index, each.rule) for index, each in live])
+        self.dry = Scanner([(index, each.rule) for index, each in dry])
+        ordered = live + dry
+        self.headers = _by_name((each.rule.headers, index) for index, each in ordered)
+        self.cookies = _by_name((each.rule.cookies, index) for index, each in ordered)
+        self.query_params = _by_name((each.rule.query_params, index) for index, each in ordered)
+        self.form_fields = _by_name((each.rule.form_fields, index) for index, each in ordered)
+        self.json_paths = [
+            (path, index) for index, each in ordered for path in each.rule.json_paths
+        ]
+        self.on_uninspectable = "Pass"
+        for policy in self.policies:
+            if policy.on_uninspectable == "Block" and not policy.is_dry_run:
+                self.on_uninspectable = "Block"
+        sizes = [policy.max_body_bytes for policy in self.policies if not policy.is_dry_run]
+        self.max_body_bytes = min(sizes or [1 << 20])
+
+    @property
+    def sees_bodies(self) -> bool:
+        """Whether any rule concerns bodies."""
+        return bool(self.live or self.dry or self.json_paths or self.form_fields)
+
+    def refuse_uninspectable(self, why: str) -> Blocked:
+        """The answer for what cannot be looked into, in the name of the policy that says so."""
+        for policy in self.policies:
+            if policy.on_uninspectable == "Block" and not policy.is_dry_run:
+                rule = policy.rules[0] if policy.rules else RedactionRule(name="")
+                return Blocked(
+                    ActiveRule(policy, rule, None).refusal(f"cannot be inspected: {why}")
+                )
+        return Blocked(Respond(403, flag=FLAG, reason=f"cannot be inspected: {why}"))
+
+
+def _by_name(named: object) -> dict[bytes, int]:
+    found: dict[bytes, int] = {}
+    for names, index in named:  # type: ignore[attr-defined]
+        for name in names:
+            found.setdefault(name.lower().encode("utf-8"), index)
+    return found

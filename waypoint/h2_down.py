@@ -1,0 +1,188 @@
+"""FAST PATH: a caller's HTTP/2 connection: each stream is a request with an exchange of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mesh.errors import RemoteProtocolError
+from mesh.http import h2_frames
+from mesh.http.h2_core import Stream
+from mesh.http.hpack_table import encode_block
+from waypoint.exchange import Exchange
+from waypoint.filters.chain import Pair, Response
+from waypoint.h2 import H2Channel, H2Stream
+from waypoint.transport import Transport
+
+if TYPE_CHECKING:
+    from waypoint.inbound import Inbound
+
+# What goes into a request line must not end it, whoever reads it.
+_METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
+_PATH = re.compile(rb"/[!\"$-~]*+|\*")
+_AUTHORITY = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]\-]+")
+_PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
+
+
+class H2Down(H2Channel):
+    """The connection."""
+
+    def __init__(self, inbound: Inbound, transport: Transport) -> None:
+        super().__init__(inbound.proxy.reactor, transport, client=False)
+        self._inbound = inbound
+        inbound.connections.add(self)
+        self.touch()
+
+    def on_headers(self, stream: Stream, pairs: Sequence[Pair]) -> None:
+        """A request, or its trailers."""
+        owner: _DownStream | None = stream.owner
+        if owner is not None:
+            owner.trailers = pairs
+            return
+        owner = stream.owner = _DownStream(self, stream)
+        problem = owner.read(pairs)
+        if problem:
+            self._inbound.refused(RemoteProtocolError(problem))
+            self.core.send_headers(stream, encode_block([(b":status", b"400")]), end_stream=True)
+            owner.reset(h2_frames.NO_ERROR)
+            return
+        owner.exchange = Exchange(self._inbound, owner)
+        # Whether it has a body shows when END_STREAM comes, which is in this very call or not.
+        self._inbound.proxy.later(owner.begin)
+        self.touch()
+
+    def on_stream_end(self, stream: Stream) -> None:
+        """The request is complete."""
+        owner: _DownStream | None = stream.owner
+        if owner is not None:
+            owner.on_end()
+
+    def drain(self) -> None:
+        """Take no new streams."""
+        if not self.is_closed:
+            self.core.goaway()
+            self.touch()
+
+    def after_flush(self) -> None:
+        """After our GOAWAY the last stream ends the connection."""
+        if self.core.goaway_sent and not self.core.streams:
+            self.end("drained", abort=False)
+
+    def on_gone(self) -> None:
+        """The connection has ended."""
+        self._inbound.connections.discard(self)
+
+
+class _DownStream(H2Stream):
+    """One request: the `Downstream` of its exchange."""
+
+    __slots__ = ("_early", "_has_begun", "_has_ended", "_head", "exchange", "trailers")
+
+    def __init__(self, channel: H2Channel, stream: Stream) -> None:
+        super().__init__(channel)
+        self.stream = stream
+        self.exchange: Exchange | None = None
+        self.trailers: Sequence[Pair] = ()
+        self._early = bytearray()
+        self._has_begun = self._has_ended = False
+        self._head: tuple[bytes, bytes, bytes, bytes, list[Pair]] | None = None
+
+    def read(self, pairs: Sequence[Pair]) -> str:
+        """Judge the head (RFC 9113 section 8.3); what is wrong with it, or empty text."""
+        pseudo = {name: value for name, value in pairs if name[:1] == b":"}
+        rest = [pair for pair in pairs if pair[0][:1] != b":" and pair[0] != b"host"]
+        hosts = [value for name, value in pairs if name == b"host"]
+        authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
+        method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
+        if not pseudo.keys() <= _PSEUDO or b":scheme" not in pseudo or method == b"CONNECT":
+            return "pseudo-headers are missing or not served"
+        if not _METHOD.fullmatch(method) or not _PATH.fullmatch(path):
+            return "a malformed method or path"
+        if not _AUTHORITY.fullmatch(authority) or any(host != authority for host in hosts):
+            return "a malformed authority, or two"
+        if not self.declare(rest):
+            return "a malformed content-length"
+        if any(name in {b"content_length", b"transfer_encoding"} for name, _ in rest):
+            return "a framing field in disguise"
+        cookies = [value for name, value in rest if name == b"cookie"]
+        if len(cookies) > 1:
+            rest = [pair for pair in rest if pair[0] != b"cookie"]
+            rest.append((b"cookie", b"; ".join(cookies)))
+        self._head = (method, pseudo[b":scheme"], authority, path, rest)
+        return ""
+
+    def begin(self) -> None:
+        """The exchange starts, once it is known whether a body follows."""
+        exchange, head = self.exchange, self._head
+        if self._has_begun or exchange is None or head is None:
+            return
+        self._has_begun = True
+        self._head = None
+        method, scheme, authority, target, pairs = head
+        path, found, query = target.partition(b"?")
+        early, self._early = self._early, bytearray()
+        ends = self._has_ended and not early
+        exchange.start(method, scheme, authority, path, query if found else None, pairs, ends=ends)
+        if early and self.exchange is exchange:
+            exchange.on_request_data(memoryview(early))
+        if self._has_ended and not ends:
+            exchange.on_request_end(self.trailers)
+
+    def on_body(self, data: memoryview) -> None:
+        """Payload."""
+        if not self._has_begun:
+            self._early += data
+        elif self.exchange is not None:
+            self.exchange.on_request_data(data)
+
+    def on_end(self) -> None:
+        """END_STREAM."""
+        self._has_ended = True
+        if self.is_short():
+            self.broken("less body than content-length says")
+        elif self._has_begun and self.exchange is not None:
+            self.exchange.on_request_end(self.trailers)
+
+    def on_cut(self, reason: str, *, is_refused: bool) -> None:
+        """The caller cut it."""
+        self.stream = None
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None and self._has_begun:
+            exchange.on_down_lost(reason, flag="DC")
+
+    def on_room(self) -> None:
+        """The caller takes bytes again."""
+        if self.exchange is not None:
+            self.exchange.on_down_room()
+
+    # ---- Downstream
+
+    def send_interim(self, status: int, pairs: Sequence[Pair]) -> None:
+        """A 1xx response."""
+        if self.stream is not None:
+            block = encode_block([(b":status", b"%d" % status), *pairs])
+            self.channel.core.send_headers(self.stream, block)
+            self.channel.touch()
+
+    def send_head(self, response: Response, *, ends: bool, switches: bytes = b"") -> None:
+        """The response's head."""
+        del switches
+        if self.stream is None:
+            return
+        head = [(b":status", b"%d" % response.status), *response.headers.pairs]
+        stream = self.stream
+        self.channel.core.send_headers(stream, encode_block(head), end_stream=ends)
+        self.channel.touch()
+
+    def send_end(self, trailers: Sequence[Pair] = ()) -> None:
+        """The response is complete."""
+        super().send_end(trailers)
+        stream = self.stream
+        if stream is not None and stream.local_ended and not stream.remote_ended:
+            self.reset(h2_frames.NO_ERROR)  # the rest of the request is not wanted
+
+    def cut(self) -> None:
+        """It never will be."""
+        self.exchange = None
+        self.reset(h2_frames.INTERNAL_ERROR)

@@ -1,0 +1,141 @@
+"""FAST PATH: an HTTP/2 connection to an endpoint, shared by the requests to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mesh.http import h2_frames
+from mesh.http.h2_core import Stream
+from mesh.http.hpack_table import encode_block
+from mesh.reactor import Reactor
+from waypoint.filters.chain import Headers, Pair, Request, Response
+from waypoint.h2 import H2Channel, H2Stream
+from waypoint.streams import Answered
+from waypoint.transport import Transport
+
+_NOT_IN_HTTP2 = frozenset({b"host", b"expect"})
+
+
+class H2Up(H2Channel):
+    """The connection."""
+
+    def __init__(
+        self, reactor: Reactor, transport: Transport, on_gone: Callable[[H2Up], None]
+    ) -> None:
+        super().__init__(reactor, transport, client=True)
+        self._told = on_gone
+        self.idle_since = 0.0
+
+    @property
+    def can_open(self) -> bool:
+        """Whether one more request may be sent."""
+        return not self.is_closed and self.core.can_open
+
+    def new_stream(self, owner: Answered) -> UpStream:
+        """For one exchange; `can_open` holds."""
+        return UpStream(self, owner)
+
+    def on_headers(self, stream: Stream, pairs: Sequence[Pair]) -> None:
+        """A response, or its trailers."""
+        if stream.owner is not None:
+            stream.owner.on_head(pairs)
+
+    def on_stream_end(self, stream: Stream) -> None:
+        """The response is complete."""
+        if stream.owner is not None:
+            stream.owner.on_end()
+
+    def after_flush(self) -> None:
+        """After the peer's GOAWAY the last stream ends the connection."""
+        if self.core.goaway_received and not self.core.streams:
+            self.end("the endpoint goes away", abort=False)
+
+    def close_if_idle(self) -> None:
+        """Not wanted any more."""
+        if not self.core.streams:
+            self.end("idle", abort=False)
+
+    def on_gone(self) -> None:
+        """The connection has ended."""
+        self._told(self)
+
+
+class UpStream(H2Stream):
+    """One try of a request: the `Upstream` of its exchange."""
+
+    __slots__ = ("_head", "_owner", "_trailers_in")
+
+    def __init__(self, channel: H2Channel, owner: Answered) -> None:
+        super().__init__(channel)
+        self._owner: Answered | None = owner
+        self._head: Response | None = None
+        self._trailers_in: Sequence[Pair] = ()
+
+    def send_head(self, request: Request, *, ends: bool, upgrade: bytes = b"") -> None:
+        """The request's head; an upgrade is not possible here and is left out."""
+        del upgrade
+        target = request.path + b"?" + request.query if request.query else request.path
+        head = [
+            (b":method", request.method), (b":scheme", request.scheme or b"http"),
+            (b":authority", request.authority), (b":path", target),
+            *(pair for pair in request.headers.pairs if pair[0] not in _NOT_IN_HTTP2),
+        ]  # fmt: skip
+        self.stream = self.channel.core.open(encode_block(head), self, end_stream=ends)
+        if request.method == b"HEAD":
+            self.declared = -2
+        self.channel.touch()
+
+    def cancel(self) -> None:
+        """RST_STREAM."""
+        self._owner = None
+        self.reset(h2_frames.CANCEL)
+
+    def on_head(self, pairs: Sequence[Pair]) -> None:
+        """A head, an interim one, or trailers."""
+        owner = self._owner
+        if owner is None:
+            return
+        if self._head is not None:
+            self._trailers_in = pairs
+            return
+        status = int(dict(pairs)[b":status"])
+        fields = [pair for pair in pairs if pair[0][:1] != b":"]
+        if status < 200:
+            owner.on_interim(status, fields)
+            return
+        if self.declared != -2 and status not in {204, 304} and not self.declare(fields):
+            self.broken("a malformed content-length")
+            return
+        self._head = Response(status=status, headers=Headers(fields))
+        has_none = self.declared in {0, -2} or status in {204, 304}
+        # "Trailers-Only" of gRPC: it has to stay one block.
+        is_trailers = any(name == b"grpc-status" for name, _ in fields)
+        owner.on_response(self._head, ends=has_none or is_trailers)
+
+    def on_body(self, data: memoryview) -> None:
+        """Payload."""
+        if self._owner is not None:
+            self._owner.on_response_data(data)
+
+    def on_end(self) -> None:
+        """END_STREAM."""
+        if self.is_short():
+            self.broken("less body than content-length says")
+            return
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.on_response_end(self._trailers_in)
+        if self.stream is not None and not self.stream.local_ended:
+            self.reset(h2_frames.NO_ERROR)
+
+    def on_cut(self, reason: str, *, is_refused: bool) -> None:
+        """The endpoint cut it."""
+        self.stream = None
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.on_up_lost(reason, is_refused=is_refused)
+
+    def on_room(self) -> None:
+        """The endpoint takes bytes again."""
+        if self._owner is not None:
+            self._owner.on_up_room()
