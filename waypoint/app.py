@@ -48,6 +48,7 @@ from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
+from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
 from waypoint.proxy import Proxy
 from waypoint.record import Journal
@@ -74,7 +75,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
     secrets = SecretManager(
         lambda each: fetch_certificate(authority.open, each, ttl, impersonate=False)
     )
-    assembly = Assembly(_now, random.Random())  # noqa: S311 - draws faults, guards nothing
+    keys = key_reader(config.redaction_keys)
+    assembly = Assembly(_now, random.Random(), read_key=keys)  # noqa: S311 - draws faults, guards nothing
     store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:

@@ -7,7 +7,7 @@
     RateLimitPolicy         only what is allowed is counted
     RedactionPolicy         last, so that policy judges what the caller sent
 
-A policy that no filter here carries out answers 500: it must not be left out in silence.
+A policy that a filter cannot carry out answers 500 there: it is not left out in silence.
 
 What filters remember beyond one configuration (buckets, issuers' keys) is kept here by the rule
 that it belongs to, so that an edit beside it neither refills a bucket nor fetches a key again.
@@ -16,42 +16,33 @@ that it belongs to, so that an edit beside it neither refills a bucket nor fetch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, TypeVar
 
 from mesh.model.l7_policy import JwtRule, RateLimitPolicy, RateLimitRule, TrafficConfig
 from mesh.model.route import RouteFilter
 from waypoint.filters import jwks
 from waypoint.filters.authorize import Authorize
-from waypoint.filters.chain import Filter, PassingFilter, Request, Respond, Verdict
+from waypoint.filters.chain import Filter
 from waypoint.filters.cors import CorsFilter
 from waypoint.filters.custom import CustomFilters
 from waypoint.filters.fault import FaultFilter, Random
 from waypoint.filters.jwt import Jwt, KeySource
 from waypoint.filters.rate_limit.filter import RateLimits
 from waypoint.filters.rate_limit.local import Buckets
+from waypoint.filters.redact.filter import ReadKey, RedactionFilter
+from waypoint.filters.redact.keys import key_reader
 
 K = TypeVar("K")
 V = TypeVar("V")
 _MOST_REMEMBERED: Final = 4096
-
-
-class Unsupported(PassingFilter):
-    """Stands for a policy that is not carried out by this build."""
-
-    def __init__(self, kind: str, policy: str) -> None:
-        self.name = kind
-        self._respond = Respond(
-            500, flag="NC", policy=policy, reason=f"{kind} is not carried out by this waypoint"
-        )
-
-    def on_request(self, request: Request) -> Verdict:
-        """Refuse."""
-        del request
-        return self._respond
+DEFAULT_KEYS: Final = Path("/var/run/secrets/ambit/redaction")
 
 
 class Assembly:
-    """Makes filters. `clock` gives seconds since the epoch, `fetch` what an issuer publishes."""
+    """Makes filters. `clock` gives seconds since the epoch, `fetch` what an issuer publishes,
+    `read_key` the key that a redaction names.
+    """
 
     def __init__(
         self,
@@ -59,7 +50,9 @@ class Assembly:
         rng: Random,
         fetch: jwks.Fetch = jwks.fetch,
         custom: CustomFilters | None = None,
+        read_key: ReadKey | None = None,
     ) -> None:
+        self._read_key = read_key or key_reader(DEFAULT_KEYS)
         self._clock = clock
         self._rng = rng
         self._custom = custom if custom is not None else CustomFilters()
@@ -78,13 +71,14 @@ class Assembly:
         if authorizations:
             explains = any(config.explains_denials for config in configs)
             found.append(Authorize(authorizations, explains_denials=explains))
-        for config in configs:
-            if config.rate_limits:
-                found.append(RateLimits(config.rate_limits, self._buckets_in(config.key)))
-            found += [
-                Unsupported("RedactionPolicy", f"{each.namespace}/{each.name}")
-                for each in config.redactions
-            ]
+        found += [
+            RateLimits(config.rate_limits, self._buckets_in(config.key))
+            for config in configs
+            if config.rate_limits
+        ]
+        redactions = [each for config in configs for each in config.redactions]
+        if redactions:
+            found.append(RedactionFilter(redactions, self._read_key))
         return tuple(found)
 
     def make_route_filter(self, entry: RouteFilter) -> Filter | None:

@@ -7,6 +7,7 @@ node proxy has it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mesh.runtime.config import setting
 from mesh.runtime.lifecycle import drain_seconds
@@ -84,6 +85,11 @@ class WaypointConfig:
     )
     pool_max_streams: int = setting(
         env="POOL_MAX_STREAMS_PER_CONNECTION", default=100, doc="Tunnels on one connection."
+    )
+    redaction_keys: Path = setting(
+        env="REDACTION_KEYS",
+        default=Path("/var/run/secrets/ambit/redaction"),
+        doc="Directory with the files that `keyFile` of a RedactionPolicy may name.",
     )
     admin_address: str = setting(
         env="ADMIN_ADDR", default="localhost:15000", doc="Admin endpoint, on loopback."

@@ -34,6 +34,7 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
+from waypoint.filters.redact.filter import RedactionFilter
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
 
@@ -136,6 +137,13 @@ class Exchange:
             self._filters = traffic.filters
         heads.trace(request.headers, inbound.rng)
         self._filter(plan)
+
+    def hide(self, text: bytes) -> bytes:
+        """`text` for a log, without what the service's policies redact."""
+        for each in self._filters:
+            if isinstance(each, RedactionFilter):
+                text = each.redact_text(self.request, text)
+        return text
 
     def _filter(self, plan: Forward | Answer) -> None:
         """The filters that are left, then what was planned."""

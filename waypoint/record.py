@@ -122,11 +122,16 @@ def _fields(
     source = inbound.source_workload()
     request_id = request.headers.get(b"x-request-id") or b""
     trace = request.headers.get(b"traceparent") or b""
+
+    def hidden(text: bytes) -> str:
+        # What a policy takes out of the traffic is not written down beside it.
+        return exchange.hide(text).decode("latin-1")
+
     return _of(
         {
             "level": "error" if exchange.reason else "info",
             "message": "request complete",
-            "id": request_id.decode("latin-1")[:64],
+            "id": hidden(request_id[:64]),
             "trace_id": trace[3:35].decode("latin-1"),
             "direction": "inbound",
             "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
@@ -137,14 +142,15 @@ def _fields(
             "dst.workload": workload.name if workload is not None else "",
             "dst.namespace": workload.namespace if workload is not None else "",
             "method": request.method.decode("latin-1"),
-            "authority": request.authority.decode("latin-1"),
-            "path": request.path[:_MAX_PATH].decode("latin-1"),
+            "authority": hidden(request.authority),
+            "path": hidden(request.path[:_MAX_PATH]),
             "status": exchange.status,
             "grpc_status": exchange.grpc_status,
             "route": request.route,
             "route.rule": request.rule if request.route else "",
             "policy": exchange.policy,
             "rule": exchange.rule_name,
+            **_redactions(exchange),
             "bytes_recv": exchange.bytes_in,
             "bytes_sent": exchange.bytes_out,
             "tries": exchange.tries,
@@ -153,6 +159,17 @@ def _fields(
             "error": exchange.reason,
         }
     )
+
+
+def _redactions(exchange: Exchange) -> dict[str, object]:
+    report = exchange.request.notes.get("redaction report")
+    if report is None:
+        return {}
+    found, unseen = report.counts.total(), report.uninspected.total()
+    return {
+        **({"redactions": found} if found else {}),
+        **({"uninspected": unseen} if unseen else {}),
+    }
 
 
 def _labels(inbound: Inbound, workload: Workload | None, exchange: Exchange) -> tuple[str, ...]:

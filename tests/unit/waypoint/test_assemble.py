@@ -70,8 +70,9 @@ def test_an_edit_beside_a_rate_limit_does_not_refill_it() -> None:
     assert ask(made.make_filters(nothing, other)) == 200
 
 
-def test_a_policy_that_nobody_carries_out_answers_500() -> None:
-    own = TrafficConfig("shop/w", "shop/api", redactions=(RedactionPolicy("shop", "hide"),))
+def test_a_policy_that_cannot_be_carried_out_answers_500() -> None:
+    hide = RedactionPolicy("shop", "hide", problem="no such target")
+    own = TrafficConfig("shop/w", "shop/api", redactions=(hide,))
     assert ask(assembly().make_filters(TrafficConfig("shop/w"), own)) == 500
 
 

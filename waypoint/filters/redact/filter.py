@@ -102,8 +102,13 @@ class RedactionFilter:
         return found
 
     def redact_text(self, request: Request, text: bytes) -> bytes:
-        """The same values taken out of a line for the access log or a span."""
-        plan = self._plan("Request", request.notes.get(self.name, ()))
+        """The same values taken out of a line for the access log or a span, also when the request
+        was answered before it came here.
+        """
+        chosen = request.notes.get(self.name)
+        if chosen is None:
+            chosen = tuple(index for index, each in enumerate(self._known) if each[0](request))
+        plan = self._plan("Request", chosen)
         if plan is None:
             return text
         try:
