@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from mesh.cluster.api import Put, Ref, Source, ref_of
+from mesh.cluster.api import Object, Put, Ref, Source, ref_of
 from mesh.cluster.validate import Finding, Severity, check
 from mesh.errors import ConfigError, MeshError
 from mesh.lab import fetch
@@ -53,7 +53,7 @@ class Checks:
         """
         self._files.edited = trio.Event()
         puts = dict(self._files.puts)
-        own = await trio.to_thread.run_sync(_check, puts)
+        own = await trio.to_thread.run_sync(_check, puts, dict(self._state.live.objects))
         self.found = merged(own, self._heard, puts)
         for seconds in waits:
             if not self._is_controller_there() or self._files.edited.is_set():
@@ -147,13 +147,27 @@ def _read(told: Any, refs: Mapping[str, Ref], puts: Mapping[Ref, Put]) -> Findin
     )
 
 
-def _check(puts: Mapping[Ref, Put]) -> list[Finding]:
-    objects = [(put.object, put.source) for put in puts.values()]
+def _check(puts: Mapping[Ref, Put], live: Mapping[Ref, Object]) -> list[Finding]:
+    objects = [(as_live(put.object, live.get(put.ref)), put.source) for put in puts.values()]
     for name in DEFAULT_NAMESPACES:
         given = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
         if ref_of(given) not in puts:
             objects.append((given, None))
-    return check(objects, SYSTEM_NAMESPACE)
+    # Waypoints may be deployed by command, and are written in no file then.
+    objects += [
+        (obj, None) for ref, obj in live.items() if ref.kind == "Gateway" and ref not in puts
+    ]
+    return [each for each in check(objects, SYSTEM_NAMESPACE) if each.ref in puts]
+
+
+def as_live(written: Object, live: Object | None) -> Object:
+    """An object of a file with the labels that it has by now: `enroll` and `waypoint apply` set
+    some.
+    """
+    if live is None or live.get("kind") not in ("Namespace", "Service"):
+        return written
+    labels = live["metadata"].get("labels") or {}
+    return {**written, "metadata": {**written["metadata"], "labels": labels}}
 
 
 _Place = tuple[str, int, int, str]

@@ -65,6 +65,7 @@ class Supervisor:
         self._said_faults: set[str] = set()
         self._host: Host | None = None
         self._pods: trio.Nursery | None = None
+        self._look_again: Callable[[], None] = lambda: None
 
     # The tree of tasks.
 
@@ -106,6 +107,7 @@ class Supervisor:
         await services.start(state.live.watch)
         files = UserFiles(state.settings.directory, state.live, state.speaker.complain)
         state.file_faults = lambda: files.faults
+        self._look_again = lambda: files.edited.set()
         await services.start(files.follow)
         if files.faults and not files.puts:
             raise ConfigError(
@@ -182,6 +184,8 @@ class Supervisor:
             state.ask_replan()
         elif ref.kind in ("Namespace", "EndpointSlice"):
             state.ask_reroute()
+        if ref.kind in ("Namespace", "Gateway"):
+            self._look_again()
         state.notify()
 
     def _ask_replan(self) -> None:

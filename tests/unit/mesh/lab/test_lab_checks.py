@@ -8,7 +8,7 @@ from mesh.cluster.api import Put, Ref
 from mesh.cluster.documents import read_documents
 from mesh.cluster.validate import Finding, Severity, check
 from mesh.errors import ConfigError
-from mesh.lab.checks import merged, without
+from mesh.lab.checks import as_live, merged, without
 
 POLICY = """\
 apiVersion: security.istio.io/v1
@@ -80,3 +80,17 @@ def test_a_fault_of_the_same_field_says_it_already():
     assert without([fault], own) == []
     elsewhere = ConfigError("in other words", file="g.yaml", line=5, column=3, field="spec.rulez")
     assert without([elsewhere], own) == own
+
+
+def test_labels_that_were_set_live_count():
+    written = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": "shop", "labels": {"a": "b"}},
+    }
+    live = {**written, "metadata": {"name": "shop", "labels": {"istio.io/use-waypoint": "w"}}}
+    seen = as_live(written, live)
+    assert seen["metadata"]["labels"] == {"istio.io/use-waypoint": "w"}
+    assert as_live(written, None) == written
+    pod = {"kind": "Pod", "metadata": {"name": "p"}}
+    assert as_live(pod, {**pod, "metadata": {"name": "p", "labels": {"x": "y"}}}) == pod
