@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kube import KubeServer, running_kube
+from tests.support.kube import BINARY, KubeServer, running_kube
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,11 @@ def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeServer]:
 
 @pytest.fixture(autouse=True)
 def _is_up(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test did to the server, the next one finds it running."""
+    """Whatever a test did to the server, the next one finds it running. A test that asks for it
+    only as it runs is skipped here, where the reason is not lost.
+    """
+    if request.node.get_closest_marker("kube") is not None and not BINARY.exists():
+        pytest.skip("no kube-apiserver has been built: make kube")
     yield
     if "kube" in request.fixturenames:
         server: KubeServer = request.getfixturevalue("kube")
