@@ -1,0 +1,251 @@
+"""A waypoint in a whole mesh: deployed by command, routing, policy, limits, redaction, closing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.labs import TestLab, eventually, running_lab
+from tests.support.tree import ROOT
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+API = {"group": "", "kind": "Service", "name": "api"}
+ASK = """
+import http.client, json, sys
+method, host, path, headers, count = sys.argv[1:4] + [json.loads(sys.argv[4]), int(sys.argv[5])]
+told = []
+for _ in range(count):
+    try:
+        c = http.client.HTTPConnection(host, 80, timeout=20)
+        c.request(method, path, headers=headers)
+        r = c.getresponse()
+        told.append([r.status, r.read().decode(), dict(r.getheaders())])
+        c.close()
+    except OSError as e:
+        told.append([0, type(e).__name__, {}])
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestLab]:
+    directory = tmp_path_factory.mktemp("waypoint")
+    shutil.copytree(ROOT / "tests" / "lab" / "data" / "waypoint", directory, dirs_exist_ok=True)
+    with running_lab(Path(directory), "--nodes", "2", name="test-waypoint") as lab:
+        done = ambit(lab, "waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait")
+        assert done.returncode == 0, done.stderr
+        eventually(lambda: through_waypoint(lab))
+        yield lab
+
+
+def ambit(lab: TestLab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mesh.cli", *arguments, "--lab", lab.client.address.name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+def through_waypoint(lab: TestLab) -> None:
+    ask(lab)
+    (pod,) = [
+        each
+        for each in lab.client.get("Pod", "shop")
+        if each["metadata"]["name"].startswith("waypoint-")
+    ]
+    log = b"".join(lab.client.logs(pod=("shop", pod["metadata"]["name"])))
+    assert b"request complete" in log
+
+
+def ask(  # an answer each: status, body, headers
+    lab: TestLab,
+    path: str = "/",
+    *,
+    method: str = "GET",
+    host: str = "api",
+    client: str = "web",
+    count: int = 1,
+    **headers: str,
+) -> list[tuple[int, str, dict[str, str]]]:
+    sent = json.dumps({name.replace("_", "-"): value for name, value in headers.items()})
+    said = lab.python(f"shop/{client}", ASK, method, host, path, sent, str(count))
+    return [(status, body, told) for status, body, told in json.loads(said)]
+
+
+@pytest.fixture
+def apply(lab: TestLab) -> Iterator[Callable[..., None]]:
+    made: list[tuple[str, str]] = []
+
+    def apply(kind: str, name: str, spec: dict[str, Any]) -> None:
+        group = {
+            "HTTPRoute": "gateway.networking.k8s.io/v1",
+            "AuthorizationPolicy": "security.istio.io/v1",
+        }.get(kind, "ambit.dev/v1alpha1")
+        metadata = {"name": name, "namespace": "shop"}
+        lab.client.apply({"apiVersion": group, "kind": kind, "metadata": metadata, "spec": spec})
+        made.append((kind, name))
+
+    yield apply
+    for kind, name in made:
+        lab.client.delete(kind, "shop", name)
+
+    def plain() -> None:
+        for client in ("web", "guest"):
+            told = ask(lab, "/after", method="PUT", client=client)[0]
+            assert told[0] == 200
+            assert "jo@example.com" in told[1]
+            assert "ratelimit" not in told[2]
+        assert {json.loads(body)["version"] for _, body, _ in ask(lab, count=20)} == {"v1", "v2"}
+
+    eventually(plain)
+
+
+def test_the_command_line_shows_it(lab: TestLab) -> None:
+    listed = ambit(lab, "waypoint", "list", "-n", "shop", "-o", "json")
+    (row,) = json.loads(listed.stdout)
+    assert (row["name"], row["programmed"], row["traffic_type"]) == ("waypoint", "True", "service")
+
+
+def test_routes_by_header_by_weight_and_nowhere(lab: TestLab, apply: Callable[..., None]) -> None:
+    beta = {"name": "x-beta", "value": "yes"}
+    apply(
+        "HTTPRoute",
+        "api",
+        {
+            "parentRefs": [API],
+            "rules": [
+                {
+                    "matches": [{"headers": [beta]}],
+                    "backendRefs": [{"name": "api-v2", "port": 80}],
+                },
+                {
+                    "matches": [{"path": {"type": "PathPrefix", "value": "/split"}}],
+                    "backendRefs": [
+                        {"name": "api-v1", "port": 80, "weight": 3},
+                        {"name": "api-v2", "port": 80, "weight": 1},
+                    ],
+                },
+                {
+                    "matches": [{"path": {"type": "Exact", "value": "/old"}}],
+                    "filters": [
+                        {
+                            "type": "RequestRedirect",
+                            "requestRedirect": {
+                                "statusCode": 301,
+                                "path": {"type": "ReplaceFullPath", "replaceFullPath": "/new"},
+                            },
+                        }
+                    ],
+                },
+            ],
+        },
+    )
+
+    def routed() -> None:
+        told = ask(lab, x_beta="yes", count=5)
+        assert {json.loads(body)["version"] for _, body, _ in told} == {"v2"}
+        assert ask(lab, "/nowhere")[0][0] == 404
+
+    eventually(routed)
+    versions = [json.loads(body)["version"] for _, body, _ in ask(lab, "/split", count=200)]
+    assert 0.6 < versions.count("v1") / 200 < 0.9
+    status, _, headers = ask(lab, "/old")[0]
+    assert (status, headers["location"]) == (301, "http://api/new")
+
+
+def test_policy_and_limits(lab: TestLab, apply: Callable[..., None]) -> None:
+    apply(
+        "AuthorizationPolicy",
+        "readers",
+        {
+            "targetRefs": [API],
+            "rules": [
+                {
+                    "from": [{"source": {"serviceAccounts": ["web"]}}],
+                    "to": [{"operation": {"methods": ["GET"], "paths": ["/", "/ok/*"]}}],
+                }
+            ],
+        },
+    )
+
+    def denied() -> None:
+        assert ask(lab, method="PUT")[0][:2] == (403, "RBAC: access denied")
+
+    eventually(denied)
+    assert ask(lab)[0][0] == 200
+    assert ask(lab, "/ok/x")[0][0] == 200
+    assert ask(lab, client="guest")[0][0] == 403
+    for path in ("/secret", "/ok/../secret", "/ok/%2e%2e/secret"):
+        assert ask(lab, path)[0][0] == 403
+    # Not past the waypoint either: the pod itself takes its port from nobody else.
+    ip = lab.client.get("Pod", "shop", "api-v1")[0]["status"]["podIP"]
+    eventually(lambda: _refused(lab, ip))
+
+    apply(
+        "RateLimitPolicy",
+        "calm",
+        {
+            "targetRefs": [API],
+            "rules": [
+                {
+                    "name": "each",
+                    "limit": {"requests": 5, "window": "1h"},
+                    "key": [{"type": "Identity"}],
+                }
+            ],
+        },
+    )
+
+    def limited() -> None:
+        status, _, headers = ask(lab)[0]
+        assert status == 429
+        assert int(headers["retry-after"]) > 0
+
+    eventually(limited)
+
+
+def _refused(lab: TestLab, ip: str) -> None:
+    said = lab.client.run("shop", "web", ["curl", "-s", "-m", "5", f"http://{ip}:8080/"])
+    assert said.code != 0
+    assert not said.stdout
+
+
+def test_values_are_taken_out_of_the_traffic(lab: TestLab, apply: Callable[..., None]) -> None:
+    rules = [{"detector": "email", "action": {"type": "mask"}}]
+    apply("RedactionPolicy", "hide", {"targetRefs": [API], "rules": rules})
+
+    def hidden() -> None:
+        _, body, _ = ask(lab, "/find/bob@example.com")[0]
+        told = json.loads(body)
+        assert (told["path"], told["mail"]) == ("/find/***************", "**************")
+
+    eventually(hidden)
+
+
+def test_without_its_waypoint_a_service_with_policy_is_closed(
+    lab: TestLab, apply: Callable[..., None]
+) -> None:
+    apply(
+        "AuthorizationPolicy",
+        "gets",
+        {"targetRefs": [API], "rules": [{"to": [{"operation": {"methods": ["GET"]}}]}]},
+    )
+    eventually(lambda: _status(lab, 403, method="PUT"))
+    eventually(lambda: _status(lab, 200))
+    for pod in lab.client.get("Pod", "shop"):
+        if pod["metadata"]["name"].startswith("waypoint-"):
+            lab.client.delete("Pod", "shop", pod["metadata"]["name"])
+    # Until it is back nothing passes that its policy would have stopped.
+    statuses = {ask(lab, method="PUT")[0][0] for _ in range(20)}
+    assert 200 not in statuses
+    eventually(lambda: _status(lab, 200), seconds=60)
+    assert ask(lab, method="PUT")[0][0] == 403
+
+
+def _status(lab: TestLab, status: int, **fields: str) -> None:
+    assert ask(lab, **fields)[0][0] == status  # type: ignore[arg-type]
