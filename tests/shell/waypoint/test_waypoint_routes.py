@@ -15,6 +15,7 @@ from mesh.model.l7_policy import (
     RateLimitPolicy,
     RateLimitRule,
     RedactionPolicy,
+    RedactionRule,
 )
 from mesh.model.route import (
     Backend,
@@ -105,7 +106,8 @@ async def test_failed_tries_are_repeated_and_timeouts_answer_504() -> None:
 
 
 async def test_a_policy_that_nobody_carries_out_fails_closed() -> None:
-    redactions = (RedactionPolicy("shop", "cards"),)
+    broken = RedactionRule("names", json_paths=("$.user.name",))
+    redactions = (RedactionPolicy("shop", "cards", rules=(broken,)),)
     async with (
         running_app("web-1", key("web")) as app,
         running_waypoint(
