@@ -218,6 +218,19 @@ def test_containers_share_what_volumes_and_variables_bring(harbour: Harbour) -> 
     assert b"".join(harbour.lab.client.logs(pod=("harbour", "launch"))) == b"launched\n"
 
 
+@pytest.fixture(autouse=True)
+def _settled(harbour: Harbour) -> Iterator[None]:
+    """The next test finds the pods as the files say, none of them on its way out."""
+    yield
+
+    def settled() -> None:
+        quays = harbour.pods("quay-")
+        assert len(quays) == 3
+        assert all(pod["ready"] for pod in quays)
+
+    eventually(settled, seconds=90)
+
+
 @pytest.mark.parametrize("client", CLIENTS)
 def test_services_of_every_kind(harbour: Harbour, client: str) -> None:
     here = {"island/boat": "node1"}.get(client, "node2")
