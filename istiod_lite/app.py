@@ -1,7 +1,10 @@
 """The controller as one tree of nurseries. Read this first.
 
     app.serve
-    ├─ publisher.follow        the watch -> index -> snapshot -> ads.publish
+    ├─ last_known_good.follow  what an earlier process knew, where the source is silent, until
+    │  └─ publisher.follow     the watch -> index -> snapshot -> ads.publish
+    ├─ last_known_good.keep    what is published -> a file
+    ├─ seat.follow_keys        the public keys of tokens, for when nobody can be asked
     ├─ seat.write              on one replica only:
     │  ├─ root_certificate.run ConfigMap istio-ca-root-cert in every namespace
     │  ├─ waypoint_writer.run  ServiceAccount, Service, Deployment of each waypoint Gateway
@@ -10,8 +13,9 @@
     └─ monitoring              15014: /ready, /metrics, /debug
 
 It is ready when everything that the cluster had is published, the root certificate is out
-and 15012 is open. SIGTERM: streams end with UNAVAILABLE (clients reconnect elsewhere, or
-later, with the versions they hold), calls get a few seconds, then the process ends.
+and 15012 is open; or when what was last known is served instead. SIGTERM: streams end with
+UNAVAILABLE (clients reconnect elsewhere, or later, with the versions they hold), calls get a
+few seconds, then the process ends.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from istiod_lite.certificates import CertificateService
 from istiod_lite.config import IstiodConfig
 from istiod_lite.debug import DebugPages
 from istiod_lite.index import KINDS, ClusterIndex
+from istiod_lite.last_known_good import LastKnownGood
 from istiod_lite.monitoring import Counts
 from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
@@ -38,6 +43,7 @@ from istiod_lite.waypoint_writer import WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
 from mesh.cluster.open import open_cluster
+from mesh.cluster.validate import Finding
 from mesh.errors import MeshError
 from mesh.grpc.server import serve_grpc
 from mesh.runtime import lifecycle, log, metrics
@@ -46,6 +52,8 @@ from mesh.secrets import CREATE_CERTIFICATE
 from mesh.tls.context import control_plane_server
 from mesh.xds.client import DELTA_AGGREGATED_RESOURCES
 
+# How long the end may take to save the state once more.
+_LAST_SAVE_SECONDS = 2.0
 _log = log.get("istiod")
 
 
@@ -70,17 +78,30 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
     authority = await seat.authority()
     registry = metrics.new_registry("istiod", mesh.__version__)
     index = ClusterIndex(config.mesh())
-    authenticator = seat.authenticator()
+    authenticator = seat.authenticator(lambda: state)
     ads = AdsService(authenticator, on_answer=lambda: status.look())
+    state = LastKnownGood(
+        config.saved_state(),
+        index,
+        ads,
+        registry,
+        _now,
+        wait_seconds=config.state_wait_seconds,
+        max_age_seconds=config.state_max_age_seconds,
+    )
     status = StatusWriter(index, ads, _now)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
 
     def on_push() -> None:
         root.look()
         status.look()
+        state.look()
+
+    def findings() -> list[Finding]:
+        return [*state.findings(), *publisher.findings()]
 
     publisher = Publisher(index, ads, registry, on_push=on_push)
-    counts = Counts(registry, index, ads, publisher.findings)
+    counts = Counts(registry, index, ads, findings)
     readiness = Readiness()
     tasks = {name: readiness.task(name) for name in ("cluster", "root certificate", "xds")}
 
@@ -89,21 +110,29 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         app.route("/ready", readiness.respond)
         app.route("/metrics", counts.respond)
         if config.serves_debug:
-            DebugPages(cluster, index, ads, publisher.findings).add_to(app)
+            DebugPages(cluster, index, ads, findings, lambda: state.saved_at).add_to(app)
         if config.monitoring_port:
             listener = sockets.open_listener(config.monitoring_port, host=config.monitoring_host)
             await nursery.start(app.serve, [listener])
             nursery.start_soon(metrics.watch_loop_lag, registry)
-        await nursery.start(publisher.follow, cluster)
-        tasks["cluster"].done()
         published = tasks["root certificate"].done
+        follow = partial(publisher.follow, cluster)
+        await nursery.start(state.follow, follow, published)
+        tasks["cluster"].done()
+        nursery.start_soon(state.keep)
+        nursery.start_soon(seat.follow_keys, state)
         waypoints = WaypointWriter(config.waypoints())
-        writing = partial(_write, cluster, root, waypoints, status, published)
-        nursery.start_soon(seat.write, writing, published)
+
+        async def write() -> None:
+            await state.synced.wait()  # what is only remembered is nothing to write by
+            writing = partial(_write, cluster, root, waypoints, status, published)
+            await seat.write(writing, published)
+
+        nursery.start_soon(write)
         certificates = CertificateService(
             authority,
             authenticator,
-            index,
+            state,
             trusted_accounts=config.ca_trusted_node_accounts,
             clock=_now,
         )
@@ -111,6 +140,8 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
             await calls.start(_serve_calls, config, authority, ads, certificates, shutdown)
             tasks["xds"].done()
             _log.info("started", port=config.xds_port, resources=len(index.addresses))
+        with trio.move_on_after(_LAST_SAVE_SECONDS):
+            await state.save()
         nursery.cancel_scope.cancel()
 
 

@@ -2,7 +2,9 @@
 
 The Secret is the truth and a directory the working copy: what the Secret holds is written
 out for `open_authority`; the first replica ever makes new keys and creates the Secret, and
-whoever loses that race takes the winner's. An intermediate that was renewed is stored back.
+whoever loses that race takes the winner's. A start without an API server takes the copy of the
+one before (in a pod, it is in memory and ends with the pod). An intermediate that was renewed
+is stored back.
 While roots are exchanged (`istiod_lite.authority`), the Secret holds `extra-roots.pem`, too.
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 
 from istiod_lite.authority import EXTRA_ROOTS, FILES, Authority, open_authority
 from mesh.cluster.api import Conflict, Object, Ref, VersionedCluster
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, Unavailable
 from mesh.runtime import log
 
 _MAX_FILE_BYTES = 64 * 1024
@@ -30,10 +32,17 @@ async def open_shared_authority(
 ) -> Authority:
     """The authority whose keys the Secret `ref` holds, which is made if there is none.
 
-    Raises ConfigError when what it holds is no authority, Unavailable without an API server.
+    Without an API server the working copy of an earlier start is used. Raises ConfigError when
+    what it holds is no authority, Unavailable without an API server and without a copy.
     """
     for _ in range(_ATTEMPTS):
-        found = await cluster.get(ref)
+        try:
+            found = await cluster.get(ref)
+        except Unavailable as exc:
+            if not all((directory / name).exists() for name in FILES):
+                raise
+            _log.warning("authority_from_working_copy", file=str(directory), reason=str(exc))
+            return open_authority(directory, trust_domain, now)
         if found is not None:
             held = _held(found, ref)
             _write_all(directory, held)

@@ -117,6 +117,20 @@ class IstiodConfig:
         default="python3 -m waypoint",
         doc="Command of the pods of waypoints, split as a shell does.",
     )
+    state_file: str = setting(
+        env="STATE_FILE",
+        default="",
+        doc="File that the last-known-good state is kept in, for a start without the source; "
+        "`off` for none, by default last-known-good in CA_DIR.",
+    )
+    state_wait_seconds: float = setting(
+        env="STATE_WAIT",
+        default=10.0,
+        doc="How long after a start the source may be silent before that state is served.",
+    )
+    state_max_age_seconds: float = setting(
+        env="STATE_MAX_AGE", default=86400.0, doc="An older state is not served any more."
+    )
     drain_seconds: float = setting(
         env="TERMINATION_DRAIN_DURATION_SECONDS",
         default=5.0,
@@ -137,8 +151,9 @@ class IstiodConfig:
             raise ConfigError("is no port", field="xds_port")
         if not 0 <= self.monitoring_port <= 65535:
             raise ConfigError("is no port", field="monitoring_port")
-        if self.drain_seconds < 0:
-            raise ConfigError("is negative", field="drain_seconds")
+        for name in ("drain_seconds", "state_wait_seconds", "state_max_age_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError("is negative", field=name)
         for name in ("xds_host", "monitoring_host"):
             try:
                 ipaddress.ip_address(getattr(self, name))
@@ -180,6 +195,12 @@ class IstiodConfig:
             network=self.network,
             root_namespace=self.root_namespace,
         )
+
+    def saved_state(self) -> Path | None:
+        """Where the last-known-good state is kept; None for nowhere."""
+        if self.state_file == "off":
+            return None
+        return Path(self.state_file) if self.state_file else self.ca_dir / "last-known-good"
 
     def waypoints(self) -> WaypointSettings:
         """What every waypoint is started with."""

@@ -1,6 +1,6 @@
 """What the controller shows of itself: who is connected and in step, what it says, what it found.
 
-/debug/versionz    this controller's version
+/debug/versionz    this controller's version; `lastKnownGoodOf` while its source is silent
 /debug/syncz       each client, and per type what it was sent, acknowledged and refused
 /debug/workloadz   the workloads, services and policies that are told, as values
 /debug/trafficz    what each waypoint is told for each service
@@ -27,6 +27,9 @@ from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload
 from mesh.runtime.admin import AdminApp, Request, Response
 from mesh.xds.traffic import TRAFFIC_TYPE
 
+# How long a listing of the whole cluster may take.
+_READ_SECONDS = 20.0
+
 
 class DebugPages:
     """Handlers of the pages above."""
@@ -37,7 +40,9 @@ class DebugPages:
         index: ClusterIndex,
         ads: AdsService,
         findings: Callable[[], list[Finding]],
+        saved_at: Callable[[], float | None] = lambda: None,
     ) -> None:
+        self._saved_at = saved_at
         self._cluster = cluster
         self._index = index
         self._ads = ads
@@ -52,8 +57,10 @@ class DebugPages:
         app.route("/debug/findings", self.findings)
 
     async def versionz(self, _request: Request) -> Response:
-        """Which program this is."""
-        return Response.json({"version": __version__})
+        """Which program this is; and since when the source is silent, if it is."""
+        saved_at = self._saved_at()
+        stale = {"lastKnownGoodOf": saved_at} if saved_at is not None else {}
+        return Response.json({"version": __version__, **stale})
 
     async def syncz(self, _request: Request) -> Response:
         """The clients."""
@@ -86,7 +93,10 @@ class DebugPages:
         """What was found while translating, and by looking at all objects together."""
         found = self._findings()
         said = {(each.ref, each.field, each.message) for each in found}
-        objects = await _read_all(self._cluster)
+        objects: list[tuple[Object, Source | None]] = []
+        # Without all of them, what only is not read yet would seem to be missing.
+        with trio.move_on_after(_READ_SECONDS):
+            objects = await _read_all(self._cluster)
         checked = await trio.to_thread.run_sync(check, objects, self._index.mesh.root_namespace)
         # An error of one object is in the first list already, in the words of its consequence.
         rejected = {each.ref for each in found}

@@ -93,6 +93,10 @@ class ClusterIndex:
         """The pod of that name."""
         return self._inventory.get(Pod, namespace, name)
 
+    def pods(self) -> Iterator[Pod]:
+        """Every pod."""
+        return self._inventory.all(Pod)
+
     def pods_on_node(self, node: str) -> Iterable[Pod]:
         """All pods of a node."""
         views = (self._inventory.view(ref) for ref in self._on_node.get(node, ()))

@@ -4,6 +4,8 @@
 keys       in a Secret (CA_SECRET), or CA_DIR      in CA_DIR
 tokens     TokenReview, or TOKEN_ISSUER_KEYS       TOKEN_ISSUER_KEYS
 writing    by the holder of a Lease                by the one controller there is
+
+The public keys of the API server's tokens are read while it answers, for when it does not.
 """
 
 from __future__ import annotations
@@ -11,17 +13,41 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import Protocol, runtime_checkable
 
-from istiod_lite.authenticate import Authenticator, SignedTokenReviewer, TokenReviewer, read_keys
+import trio
+
+from istiod_lite.authenticate import (
+    MAX_KEYS_BYTES,
+    Authenticator,
+    SignedTokenReviewer,
+    TokenReviewer,
+    parse_keys,
+    read_keys,
+)
 from istiod_lite.authority import Authority, open_authority
 from istiod_lite.authority_secret import open_shared_authority
 from istiod_lite.config import IstiodConfig
 from istiod_lite.leader import Leader
-from istiod_lite.token_review import KubernetesTokenReviewer
+from istiod_lite.saved_state import TokenKeys
+from istiod_lite.token_review import Known, KubernetesTokenReviewer
 from mesh.cluster.api import Cluster, Ref, VersionedCluster
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, Unavailable
+from mesh.runtime import log
 
 LEASE = "istiod-leader"
+_KEYS_SECONDS = 600.0
+_RETRY_SECONDS = 5.0
+_log = log.get(__name__)
+
+
+@runtime_checkable
+class KeySource(Protocol):
+    """What publishes the keys of tokens: an API server."""
+
+    async def token_keys(self) -> tuple[str, bytes]:
+        """See `KubernetesCluster.token_keys`."""
+        ...
 
 
 class Seat:
@@ -43,8 +69,11 @@ class Seat:
             self._need_api("ca_secret"), ref, config.ca_dir, config.trust_domain, self._clock()
         )
 
-    def authenticator(self) -> Authenticator:
-        """Who judges callers. Raises ConfigError when no key or API server could."""
+    def authenticator(self, known: Callable[[], Known]) -> Authenticator:
+        """Who judges callers, by what is `known` if nobody can be asked.
+
+        Raises ConfigError when no key or API server could.
+        """
         config = self._config
         reviewer: TokenReviewer
         if config.token_issuer_keys is not None:
@@ -57,8 +86,25 @@ class Seat:
             )
         else:
             api = self._need_api("token_issuer_keys")
-            reviewer = KubernetesTokenReviewer(api, config.token_audiences)
+            reviewer = KubernetesTokenReviewer(api, config.token_audiences, known, self._clock)
         return Authenticator(reviewer, config.cluster_id)
+
+    async def follow_keys(self, known: Known) -> None:
+        """Keep `known.keys` as the API server publishes them, for ever."""
+        if self._config.token_issuer_keys is not None or not isinstance(self._cluster, KeySource):
+            return
+        while True:
+            wait = _KEYS_SECONDS
+            try:
+                issuer, jwks = await self._cluster.token_keys()
+                parse_keys(jwks)
+                if len(jwks) <= MAX_KEYS_BYTES:
+                    known.keys = TokenKeys(issuer, jwks)
+            except Unavailable:
+                wait = _RETRY_SECONDS
+            except ConfigError as exc:
+                _log.warning("token_keys_not_read", reason=str(exc), hint=exc.hint)
+            await trio.sleep(wait)
 
     async def write(
         self, work: Callable[[], Awaitable[None]], on_standby: Callable[[], None]

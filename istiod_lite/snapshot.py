@@ -118,6 +118,18 @@ def build(
     return Snapshot(resources, tuple(faults))
 
 
+def restored(models: Mapping[str, Mapping[str, tuple[Told, bytes]]]) -> Snapshot:
+    """The snapshot that these models and their bytes, by type and name, once were."""
+    resources = {
+        type_url: {
+            name: _entry(type_url, name, model, data)
+            for name, (model, data) in models.get(type_url, {}).items()
+        }
+        for type_url in TYPES
+    }
+    return Snapshot(resources)
+
+
 def diff(old: Snapshot, new: Snapshot) -> dict[str, Delta]:
     """What changed from `old` to `new`, by type; a type without change is left out."""
     deltas = {}
@@ -157,11 +169,15 @@ def _versioned(
         except ConfigError as exc:
             faults.append(exc)
             continue
-        version = version_of(data)
-        message = ResourceMessage(
-            name=name, version=version, resource=AnyMessage(type_url=type_url, value=data)
-        )
-        yield name, VersionedResource(name, version, model, message)
+        yield name, _entry(type_url, name, model, data)
+
+
+def _entry(type_url: str, name: str, model: Told, data: bytes) -> VersionedResource:
+    version = version_of(data)
+    message = ResourceMessage(
+        name=name, version=version, resource=AnyMessage(type_url=type_url, value=data)
+    )
+    return VersionedResource(name, version, model, message)
 
 
 def _encoded(name: str, model: Told) -> bytes:

@@ -195,7 +195,7 @@ def _controller(values: Values) -> Object:
                     "containers": [container],
                     # In memory: the authority's keys are never on a disk of the node.
                     "volumes": [
-                        {"name": "state", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}},
+                        {"name": "state", "emptyDir": {"medium": "Memory", "sizeLimit": "96Mi"}},
                         {"name": "tmp", "emptyDir": {}},
                     ],
                 },

@@ -61,6 +61,11 @@ def controller_rights(values: Values) -> list[Object]:
         _rule("ambit.dev", ("ratelimitpolicies", "redactionpolicies"), _READ),
         # Whose token is this?
         _rule("authentication.k8s.io", ("tokenreviews",), ("create",)),
+        # And when nobody can be asked: the public keys that the tokens are signed with.
+        {
+            "nonResourceURLs": ["/.well-known/openid-configuration", "/openid/v1/jwks"],
+            "verbs": ["get"],
+        },
         # The root certificate, in every namespace; server-side apply creates by name.
         _rule("", ("configmaps",), ("get", "create", "patch"), ROOT_CERTIFICATE),
         # What became of policies, routes and gateways.

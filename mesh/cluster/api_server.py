@@ -44,6 +44,10 @@ class Access:
     context: str | None = None
 
 
+# What alone the API server gives its tokens' keys as.
+_KEYS = "application/jwk-set+json"
+
+
 class ApiServer:
     """See the module."""
 
@@ -142,7 +146,7 @@ class ApiServer:
         seconds: float,
     ) -> Any:
         """In a thread: send a request; a response that is good and not yet read."""
-        headers = {"Accept": "application/json"}
+        headers = {"Accept": _KEYS if path.startswith("/openid/") else "application/json"}
         if body is not None:
             headers["Content-Type"] = f"application/{content}"
         request = self._client.param_serialize(

@@ -10,6 +10,7 @@ demands and a directory does not: both twins take the same objects.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -192,6 +193,15 @@ class KubernetesCluster:
         path = resource.path(ref.namespace, ref.name)
         query = [("fieldManager", self._manager)]
         return await self._send("PUT", path, ref, query=query, body=object)
+
+    async def token_keys(self) -> tuple[str, bytes]:
+        """The issuer of service accounts' tokens, and its public keys as a JWKS document.
+
+        Raises ConfigError when we may not read them, Unavailable.
+        """
+        about = await self._send("GET", "/.well-known/openid-configuration", "the token issuer")
+        keys = await self._send("GET", "/openid/v1/jwks", "the token issuer's keys")
+        return str(about.get("issuer", "")), json.dumps(keys).encode()
 
     # -- what a reflector reads --------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.kube import BINARY, KubeServer, running_kube
+from tests.support.kube_mesh import Daemon, install, start_istiod
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,23 @@ def _is_up(request: pytest.FixtureRequest) -> Iterator[None]:
         server.resume()
         if server.process.poll() is not None:
             server.start()
+
+
+@pytest.fixture(scope="session")
+def installed(kube: KubeServer) -> KubeServer:
+    """The mesh, with Gateway API and the objects of a small node."""
+    install(kube)
+    return kube
+
+
+@pytest.fixture
+def replicas(installed: KubeServer, tmp_path: Path) -> Iterator[list[tuple[Daemon, int]]]:
+    """Two controllers of the same mesh, ready."""
+    both = [start_istiod(installed, tmp_path, f"istiod-{number}") for number in range(2)]
+    try:
+        for daemon, _ in both:
+            daemon.wait_ready("/ready")
+        yield both
+    finally:
+        for daemon, _ in both:
+            daemon.end()

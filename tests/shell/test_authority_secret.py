@@ -11,7 +11,7 @@ import pytest
 from istiod_lite.authority import EXTRA_ROOTS, FILES, open_authority
 from istiod_lite.authority_secret import open_shared_authority
 from mesh.cluster.api import Conflict, Ref
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, Unavailable
 
 NOW = 1_900_000_000.0
 SECRET = Ref("Secret", "istio-system", "ambit-ca")
@@ -59,3 +59,24 @@ async def test_two_replicas_share_one_authority_and_its_extra_roots(tmp_path: Pa
     cluster.found["data"][EXTRA_ROOTS] = "?"
     with pytest.raises(ConfigError, match=r"base64"):
         await replica("a")
+
+
+async def test_without_a_server_the_working_copy_is_used(tmp_path: Path) -> None:
+    cluster: Any = OneObject()
+    directory = tmp_path / "a"
+    first = await open_shared_authority(cluster, SECRET, directory, "cluster.local", NOW)
+
+    async def silent(_ref: Ref) -> Any:
+        raise Unavailable("no answer")
+
+    cluster.get = silent
+    again = await open_shared_authority(cluster, SECRET, directory, "cluster.local", NOW)
+    assert again.root_pem == first.root_pem
+    # Never a new root because nobody could be asked for the old one.
+    for missing in ("ca-key.pem", "root-cert.pem"):
+        (directory / missing).unlink()
+        with pytest.raises(Unavailable):
+            await open_shared_authority(cluster, SECRET, directory, "cluster.local", NOW)
+    with pytest.raises(Unavailable):
+        await open_shared_authority(cluster, SECRET, tmp_path / "b", "cluster.local", NOW)
+    assert not (tmp_path / "b").exists()

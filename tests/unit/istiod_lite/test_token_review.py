@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +11,12 @@ import trio
 import trio.testing
 
 from istiod_lite.authenticate import Caller
-from istiod_lite.token_review import MAX_REMEMBERED, KubernetesTokenReviewer, caller_of
+from istiod_lite.saved_state import TokenKeys
+from istiod_lite.token_review import MAX_REMEMBERED, KubernetesTokenReviewer, caller_of, judged
 from mesh.cluster.api import Object, Ref
+from mesh.cluster.objects import Pod
 from mesh.errors import IdentityError, Unavailable
+from tests.support.istiod import KEY, mint, now
 
 EXTRA = {
     "authentication.kubernetes.io/node-name": ["n1"],
@@ -116,6 +121,83 @@ async def test_nobody_to_ask_is_neither_yes_nor_remembered(
         await reviewer.review("good")
     server.is_up = True
     assert (await reviewer.review("good")).service_account == "ztunnel"
+
+
+KNOWN_POD = Pod(
+    ref=Ref("Pod", "istio-system", "ztunnel-n1"),
+    uid="uid-1",
+    service_account="ztunnel",
+    node="n1",
+    phase="Running",
+)
+KEYS = TokenKeys(
+    "https://kubernetes.default.svc",
+    json.dumps({"keys": [KEY.as_dict(private=False)]}).encode(),
+)
+
+
+class Known:
+    """What a controller knows by itself."""
+
+    def __init__(self, pod: Pod | None = KNOWN_POD, keys: TokenKeys = KEYS) -> None:
+        self._pod = pod
+        self.keys = keys
+
+    def pod(self, namespace: str, name: str) -> Pod | None:
+        found = self._pod
+        return found if found and (found.namespace, found.name) == (namespace, name) else None
+
+    def pods_on_node(self, node: str) -> list[Pod]:
+        raise NotImplementedError
+
+
+async def test_without_a_server_the_known_keys_judge(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    server = Server()
+    server.is_up = False
+    known = Known()
+    reviewer = KubernetesTokenReviewer(server, ["istio-ca"], lambda: known, now)
+    caller = await reviewer.review(mint())
+    assert caller == Caller("istio-system", "ztunnel", "ztunnel-n1", "uid-1", "n1")
+    for token in (
+        mint(uid="uid-0"),  # a pod of that name that was there before
+        mint(pod="gone"),
+        mint(pod=""),
+        mint(account="other"),
+        mint(namespace="demo"),
+        mint()[:-8] + "AAAAAAAA",
+        "rubbish",
+    ):
+        with pytest.raises(IdentityError, match="cannot be asked"):
+            await reviewer.review(token)
+    # As soon as the server answers again, its word counts.
+    server.is_up = True
+    await trio.sleep(6)
+    with pytest.raises(IdentityError, match="not accepted by the API server"):
+        await reviewer.review(mint())
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        Known(keys=TokenKeys()),
+        Known(keys=TokenKeys("", KEYS.jwks)),
+        Known(keys=TokenKeys("https://another.issuer", KEYS.jwks)),
+        Known(keys=TokenKeys(KEYS.issuer, b"rubbish")),
+        Known(keys=TokenKeys(KEYS.issuer, b'{"keys": []}')),
+        Known(pod=None),
+        Known(pod=replace(KNOWN_POD, uid="")),
+        Known(pod=replace(KNOWN_POD, service_account="other")),
+    ],
+)
+def test_what_is_not_known_proves_nothing(known: Known) -> None:
+    with pytest.raises(IdentityError):
+        judged(mint(), known, ["istio-ca"], now())
+    with pytest.raises(IdentityError):
+        judged(mint(), Known(), ["another"], now())
+    with pytest.raises(IdentityError):
+        judged(mint(), Known(), ["istio-ca"], now() + 3600)
 
 
 async def test_what_is_remembered_is_bounded(autojump_clock: trio.testing.MockClock) -> None:

@@ -99,7 +99,8 @@ def test_nothing_is_privileged_and_no_right_is_a_wildcard() -> None:
     rules = [rule for each in ALL for rule in each.get("rules", ())]
     assert rules
     for rule in rules:
-        assert not any("*" in part for part in (*rule["apiGroups"], *rule["resources"]))
+        named = ("apiGroups", "resources", "nonResourceURLs", "verbs")
+        assert not any("*" in part for key in named for part in rule.get(key, ()))
         assert not set(rule["verbs"]) & {"*", "escalate", "bind", "impersonate"}
     bindings = [each for each in ALL if each["kind"].endswith("Binding")]
     assert "ztunnel" not in {each["subjects"][0]["name"] for each in bindings}
@@ -108,9 +109,9 @@ def test_nothing_is_privileged_and_no_right_is_a_wildcard() -> None:
 def test_the_controller_may_read_what_it_watches() -> None:
     rules = find("ClusterRole", "ambit-istiod")["rules"]
     may = {
-        (rule["apiGroups"][0], resource)
+        (rule.get("apiGroups", [""])[0], resource)
         for rule in rules
-        for resource in rule["resources"]
+        for resource in rule.get("resources", ())
         if {"get", "list", "watch"} <= set(rule["verbs"])
     }
     for kind in KINDS:
