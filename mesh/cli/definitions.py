@@ -7,19 +7,9 @@ without Istio take the same YAML. What an object says is judged by the controlle
 from __future__ import annotations
 
 from mesh.cluster.api import Object
+from mesh.cluster.l7_schema import rate_limit_spec, redaction_spec
 
 _OPEN: Object = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-_TARGET_REF: Object = {
-    "type": "object",
-    "required": ["kind", "name"],
-    "properties": {
-        "group": {"type": "string", "maxLength": 253},
-        "kind": {"type": "string", "minLength": 1, "maxLength": 63},
-        "name": {"type": "string", "minLength": 1, "maxLength": 253},
-        "namespace": {"type": "string", "maxLength": 63},
-        "sectionName": {"type": "string", "maxLength": 253},
-    },
-}
 _CONDITION: Object = {
     "type": "object",
     "required": ["type", "status"],
@@ -49,29 +39,26 @@ _AGE = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"
 
 def ours() -> list[Object]:
     """RateLimitPolicy and RedactionPolicy."""
-    spec: Object = {
-        "type": "object",
-        "required": ["targetRefs", "rules"],
-        "x-kubernetes-preserve-unknown-fields": True,
-        "properties": {
-            "targetRefs": {"type": "array", "minItems": 1, "maxItems": 16, "items": _TARGET_REF},
-            "rules": {"type": "array", "minItems": 1, "maxItems": 64, "items": _OPEN},
-        },
-    }
-    columns = [
-        {"name": "Target", "type": "string", "jsonPath": ".spec.targetRefs[0].name"},
+    columns: list[Object] = [
+        {"name": "Target", "type": "string", "jsonPath": ".spec.targetRefs[*].name"},
         {
             "name": "Accepted",
             "type": "string",
             "jsonPath": '.status.conditions[?(@.type=="Accepted")].status',
         },
+        {
+            "name": "Reason",
+            "type": "string",
+            "priority": 1,
+            "jsonPath": '.status.conditions[?(@.type=="Accepted")].reason',
+        },
         _AGE,
     ]
     return [
         _definition("ambit.dev", kind, plural, short, ["v1alpha1"], spec, columns)
-        for kind, plural, short in (
-            ("RateLimitPolicy", "ratelimitpolicies", "rlp"),
-            ("RedactionPolicy", "redactionpolicies", "rdp"),
+        for kind, plural, short, spec in (
+            ("RateLimitPolicy", "ratelimitpolicies", "rlp", rate_limit_spec()),
+            ("RedactionPolicy", "redactionpolicies", "rdp", redaction_spec()),
         )
     ]
 
@@ -115,7 +102,8 @@ def _definition(
     spec: Object,
     columns: list[Object],
 ) -> Object:
-    schema = {"type": "object", "properties": {"spec": spec, "status": _STATUS}}
+    required = {"required": ["spec"]} if group == "ambit.dev" else {}
+    schema = {"type": "object", **required, "properties": {"spec": spec, "status": _STATUS}}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",

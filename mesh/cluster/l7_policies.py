@@ -25,7 +25,7 @@ MAX_RULES = 64
 MAX_ENTRIES = 256
 MAX_BODY_BYTES = 64 << 20
 _KEYS = ("Identity", "Namespace", "SourceIP", "Header", "Path", "Method", "Claim", "Host")
-_NAMED_KEYS = ("Header", "Claim")
+NAMED_KEYS = ("Header", "Claim")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")
 _JSON_PATH = re.compile(r"\$(?:\.\.?(?:[A-Za-z0-9_-]+|\*)|\[(?:\*|[0-9]{1,6}|'[^'\]]{1,128}')\])+")
 _ADDRESS = re.compile(r"(?:rediss?://)?[A-Za-z0-9.:@_\[\]-]+(?:/[0-9]{0,3})?")
@@ -229,7 +229,7 @@ def _amount(number: Reader, least: int, default: int | None = None) -> int:
 def _key(key: Reader) -> model.RateLimitKey:
     key.only("type", "name")
     kind = key.get("type").choice(_KEYS)
-    if kind in _NAMED_KEYS:
+    if kind in NAMED_KEYS:
         named = key.get("name")
         name = _header(named).lower() if kind == "Header" else named.name()
     else:
