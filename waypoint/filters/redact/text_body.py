@@ -21,6 +21,7 @@ OVERLAP = 8 << 10
 _CONTEXT = 48
 _STRUCTURE = re.compile(rb'\\.|"', re.DOTALL)
 _NUMBER_CHAR = frozenset(b"0123456789+-.eE")
+_NUMBER_REST = re.compile(rb"[0-9.]*(?:[eE][+-]?[0-9]+)?")
 _PRIVATE_END = re.compile(rb"-----END [A-Z0-9 ]{0,40}-----\Z|Private-MAC: [0-9a-f]{40,64}\Z|\AAGE-")
 
 
@@ -142,8 +143,8 @@ class TextRedactor:
         if is_number and not self._is_in_string(raw, begin):
             while begin > done and raw[begin - 1] in _NUMBER_CHAR:
                 begin -= 1
-            while end < len(raw) and raw[end] in _NUMBER_CHAR:
-                end += 1
+            rest = _NUMBER_REST.match(raw, end)
+            end = rest.end() if rest else end
             put = b'"' + put + b'"'
         return begin, end, put
 
