@@ -34,7 +34,7 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
-from waypoint.filters.redact.filter import RedactionFilter
+from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
 
@@ -287,6 +287,9 @@ class Exchange:
             self._send_body(self._filtered(self._body_in, None))
             if self._done:
                 return
+        trailers = self._redacted(trailers, is_request=True)
+        if self._done:
+            return
         self.is_request_done = True
         self._trailers = trailers
         if self._up is not None:
@@ -307,6 +310,16 @@ class Exchange:
             self._blocked(blocked.respond)
             return b""
         return piece
+
+    def _redacted(self, trailers: Sequence[Pair], *, is_request: bool) -> Sequence[Pair]:
+        if trailers:
+            try:
+                return redact_trailers(
+                    self._filters, self.request, trailers, is_request=is_request
+                )  # fmt: skip
+            except Blocked as blocked:
+                self._blocked(blocked.respond)
+        return trailers
 
     def _blocked(self, respond: Respond) -> None:
         if self._started:
@@ -410,6 +423,9 @@ class Exchange:
                 return
             self.bytes_out += len(last)
             self._down.send_data(last)
+        trailers = self._redacted(trailers, is_request=False)
+        if self._done:
+            return
         self.is_response_done = True
         if trailers:
             self._note_grpc(trailers)
