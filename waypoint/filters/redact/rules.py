@@ -22,12 +22,25 @@ FLAG = "REDACT"
 
 
 @dataclass(frozen=True, slots=True)
+class RuleKey:
+    """What a record says of a rule."""
+
+    policy: str
+    rule: str
+    detector: str
+    action: str
+    is_dry_run: bool
+    audits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ActiveRule:
     """A rule with its policy and the policy's key."""
 
     policy: RedactionPolicy
     rule: RedactionRule
     secret: Secret | None
+    key: RuleKey
 
     @property
     def policy_name(self) -> str:
@@ -56,9 +69,9 @@ class ActiveRule:
 
 @dataclass(slots=True)
 class Report:
-    """What was done to one request: (index of the rule, location) -> how often."""
+    """What was found in one request: (rule, location) -> how often."""
 
-    counts: Counter[tuple[int, str]] = field(default_factory=Counter)
+    counts: Counter[tuple[RuleKey, str]] = field(default_factory=Counter)
     uninspected: Counter[str] = field(default_factory=Counter)
     """Why something could not be looked into -> how often."""
 
@@ -80,7 +93,9 @@ class Plan:
         """Raises `ConfigError`: a rule is not understood, or needs a key that is not there."""
         self.policies = [policy for policy, _ in policies]
         self.rules = [
-            ActiveRule(policy, rule, secret) for policy, secret in policies for rule in policy.rules
+            ActiveRule(policy, rule, secret, _key(policy, rule))
+            for policy, secret in policies
+            for rule in policy.rules
         ]
         live = [each for each in enumerate(self.rules) if not each[1].policy.is_dry_run]
         dry = [each for each in enumerate(self.rules) if each[1].policy.is_dry_run]
@@ -108,7 +123,7 @@ class Plan:
     ) -> bytes | None:
         """Count a value; what stands for it, None if it stays (dry run). Raises `Blocked`."""
         rule = self.rules[index]
-        report.counts[index, location] += 1
+        report.counts[rule.key, location] += 1
         return None if rule.policy.is_dry_run else rule.replacement(kind, value)
 
     def drops(self, index: int) -> bool:
@@ -136,10 +151,20 @@ class Plan:
         for policy in self.policies:
             if policy.on_uninspectable == "Block" and not policy.is_dry_run:
                 rule = policy.rules[0] if policy.rules else RedactionRule(name="")
-                return Blocked(
-                    ActiveRule(policy, rule, None).refusal(f"cannot be inspected: {why}")
-                )
+                refused = ActiveRule(policy, rule, None, _key(policy, rule))
+                return Blocked(refused.refusal(f"cannot be inspected: {why}"))
         return Blocked(Respond(403, flag=FLAG, reason=f"cannot be inspected: {why}"))
+
+
+def _key(policy: RedactionPolicy, rule: RedactionRule) -> RuleKey:
+    return RuleKey(
+        f"{policy.namespace}/{policy.name}",
+        rule.name,
+        rule.detector or "place",
+        rule.action.kind,
+        policy.is_dry_run,
+        policy.audits,
+    )
 
 
 def _grpc_fields(

@@ -116,7 +116,7 @@ class TextRedactor:
         if self._plan.dry:
             for hit in self._plan.dry.find(text, shift):
                 if view.raw_start(hit.start - shift) < taken:
-                    self._report.counts[hit.rule, self._location] += 1
+                    self._report.counts[self._plan.rules[hit.rule].key, self._location] += 1
         self._passed(raw, view, taken)
         return taken
 
@@ -137,7 +137,7 @@ class TextRedactor:
     ) -> tuple[int, int, bytes]:
         """The bytes to replace and what by: a number of JSON as a whole, by a string."""
         rule = self._plan.rules[hit.rule]
-        self._report.counts[hit.rule, self._location] += 1
+        self._report.counts[self._plan.rules[hit.rule].key, self._location] += 1
         put = self._syntax.write(rule.replacement(hit.kind, value))
         is_number = self._is_json and all(byte in _NUMBER_CHAR for byte in value)
         if is_number and not self._is_in_string(raw, begin):
@@ -176,7 +176,7 @@ def redact_value(
     done, pieces = 0, []
     for hit in scanner.find(view.text):
         rule = plan.rules[hit.rule]
-        report.counts[hit.rule, location] += 1
+        report.counts[rule.key, location] += 1
         if rule.policy.is_dry_run:
             continue
         begin = max(view.raw_start(hit.start), done)
