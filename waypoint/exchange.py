@@ -34,7 +34,12 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
-from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
+from waypoint.filters.redact.filter import (
+    RedactionFilter,
+    Value,
+    hide_attributes,
+    redact_trailers,
+)
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
 
@@ -144,6 +149,10 @@ class Exchange:
             if isinstance(each, RedactionFilter):
                 text = each.redact_text(self.request, text)
         return text
+
+    def hide_attributes(self, found: dict[str, Value]) -> dict[str, Value]:
+        """Attributes of a span, the same way; by the names of headers and parameters, too."""
+        return hide_attributes(self._filters, self.request, found)
 
     def _filter(self, plan: Forward | Answer) -> None:
         """The filters that are left, then what was planned."""
@@ -441,7 +450,9 @@ class Exchange:
         if self.request.is_grpc:
             for name, value in pairs:
                 if name == b"grpc-status":
-                    self.grpc_status = value.decode("latin-1")
+                    # It becomes a label: what is none counts as UNKNOWN.
+                    is_one = value.isdigit() and len(value) <= 2
+                    self.grpc_status = value.decode("ascii") if is_one else "2"
 
     def on_up_lost(self, reason: str, *, is_refused: bool) -> None:
         """The try ended without a response."""

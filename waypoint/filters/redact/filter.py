@@ -7,6 +7,7 @@ inspected is refused or passed as the policies say, and counted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from mesh.errors import ConfigError
@@ -32,6 +33,11 @@ from waypoint.filters.redact.text_body import redact_value
 
 ReadKey = Callable[[str], bytes]
 """The bytes of a file of keys or descriptors by its name. Raises `ConfigError`."""
+Value = str | int | float | bool
+HIDDEN = b"[redacted]"
+HIDE_ALL = Plan([])
+"""Stands for a policy that is not understood: it could be about anything."""
+_HEADER_ATTRIBUTE = re.compile(r"http\.(?:request|response)\.header\.(.+)")
 _Known = tuple[Test, RedactionPolicy, Secret | None, Descriptors | None]
 
 
@@ -133,16 +139,49 @@ class RedactionFilter:
         """The same values taken out of a line for the access log or a span, also when the request
         was answered before it came here.
         """
-        chosen = request.notes.get(self.name)
-        if chosen is None:
-            chosen = tuple(index for index, each in enumerate(self._known) if each[0](request))
-        plan = self._plan("Request", chosen)
+        plan = self._telemetry_plan(request)
         if plan is None:
             return text
+        if plan is HIDE_ALL:
+            return HIDDEN
         try:
             return redact_value(plan, Report(), plan.live, views.FORM, text, "log")
         except Blocked:
-            return b"[redacted]"
+            return HIDDEN
+
+    def redact_attributes(self, request: Request, found: dict[str, Value]) -> dict[str, Value]:
+        """Attributes of a span: text as above, and what a rule takes by its place as a whole."""
+        plan = self._telemetry_plan(request)
+        if plan is None:
+            return found
+        hidden: dict[str, Value] = {}
+        for key, value in found.items():
+            field = _HEADER_ATTRIBUTE.fullmatch(key)
+            if not isinstance(value, str):
+                hidden[key] = value
+            elif plan is HIDE_ALL or (field and field[1].lower().encode() in plan.headers):
+                hidden[key] = HIDDEN.decode()
+            else:
+                address, mark, query = value.partition("?")
+                if key == "url.query":
+                    address, mark, query = "", "", value
+                try:
+                    if query:
+                        query = redact_query(plan, Report(), query.encode()).decode("latin-1")
+                    text = self.redact_text(request, address.encode()).decode("utf-8", "replace")
+                    hidden[key] = text + mark + query
+                except Blocked:
+                    hidden[key] = HIDDEN.decode()
+        return hidden
+
+    def _telemetry_plan(self, request: Request) -> Plan | None:
+        """Of both directions: what must not be seen in one is not written down from the other."""
+        if any(test(request) for test, _ in self._refusals):
+            return HIDE_ALL
+        chosen = request.notes.get(self.name)
+        if chosen is None:
+            chosen = tuple(index for index, each in enumerate(self._known) if each[0](request))
+        return self._plan("Any", chosen)
 
     def _plan(self, direction: str, chosen: tuple[int, ...]) -> Plan | None:
         if not chosen:
@@ -153,7 +192,7 @@ class RedactionFilter:
             used = [
                 self._known[index]
                 for index in chosen
-                if self._known[index][1].direction in (direction, "Both")
+                if direction == "Any" or self._known[index][1].direction in (direction, "Both")
             ]
             descriptors = next((each[3] for each in used if each[3] is not None), None)
             plan = Plan([(policy, secret) for _, policy, secret, _ in used], descriptors)
@@ -169,6 +208,16 @@ def redact_trailers(
         if isinstance(each, RedactionFilter) and pairs:
             pairs = each.redact_trailers(request, pairs, is_request=is_request)
     return pairs
+
+
+def hide_attributes(
+    filters: Sequence[Filter], request: Request, found: dict[str, Value]
+) -> dict[str, Value]:
+    """Attributes of a span without what the policies among the filters redact."""
+    for each in filters:
+        if isinstance(each, RedactionFilter):
+            found = each.redact_attributes(request, found)
+    return found
 
 
 def _refusal(policy: RedactionPolicy, reason: str) -> Respond:

@@ -15,6 +15,9 @@ _PERCENT_ENCODED = frozenset((b"grpc-message", b"referer", b"location", b"conten
 
 def redact_pairs(plan: Plan, report: Report, pairs: list[Pair], where: str) -> list[Pair]:
     """Fields of a head or of trailers. Raises `Blocked`."""
+    scanners = plan.scanners if _may_hold(plan, pairs) else ()
+    if not scanners and not plan.headers and not plan.cookies:
+        return pairs
     found = []
     for name, value in pairs:
         new: bytes | None = value
@@ -24,9 +27,9 @@ def redact_pairs(plan: Plan, report: Report, pairs: list[Pair], where: str) -> l
             new = _whole(plan, report, index, value, f"{where} header {name.decode('latin-1')}")
         elif plan.cookies and name in (b"cookie", b"set-cookie"):
             new = _redact_cookies(plan, report, name, value, where)
-        if new is not None and index is None and name not in _NEVER_SEARCHED:
+        if scanners and new is not None and index is None and name not in _NEVER_SEARCHED:
             syntax = views.FORM if name in _PERCENT_ENCODED else views.TEXT
-            for scanner in plan.scanners:
+            for scanner in scanners:
                 location = location or f"{where} header {name.decode('latin-1')}"
                 new = redact_value(plan, report, scanner, syntax, new, location)
         if new is value:
@@ -34,6 +37,23 @@ def redact_pairs(plan: Plan, report: Report, pairs: list[Pair], where: str) -> l
         elif new is not None:
             found.append((name, new.translate(None, b"\r\n\x00")))
     return found
+
+
+def _may_hold(plan: Plan, pairs: list[Pair]) -> bool:
+    """Whether any value has something that a detector wants: one search, as most heads have not.
+
+    No value of a field has a newline, and no pattern crosses one, but for names before numbers:
+    what is found here need not be there, what is not found here is not.
+    """
+    if not plan.scanners:
+        return False
+    values = []
+    for name, value in pairs:
+        if name not in _NEVER_SEARCHED:
+            is_encoded = name in _PERCENT_ENCODED
+            values.append(views.FORM.look(value).text if is_encoded else value)
+    text = views.TEXT.look(b"\n".join(values)).text
+    return any(next(each.find(text), None) is not None for each in plan.scanners)
 
 
 def _whole(plan: Plan, report: Report, index: int, value: bytes, location: str) -> bytes | None:
