@@ -24,7 +24,7 @@ from waypoint.filters.chain import (
 )
 from waypoint.filters.condition import Test, compile_condition
 from waypoint.filters.redact import views
-from waypoint.filters.redact.actions import Secret
+from waypoint.filters.redact.actions import KEY_SECONDS, Secret
 from waypoint.filters.redact.bodies import open_body
 from waypoint.filters.redact.descriptors import Descriptors, decode
 from waypoint.filters.redact.heads import redact_pairs, redact_query
@@ -47,6 +47,10 @@ class RedactionFilter:
     name = "redaction"
 
     def __init__(self, policies: Sequence[RedactionPolicy], read_key: ReadKey) -> None:
+        self._read_key = read_key
+        self._lacking: list[tuple[Test, RedactionPolicy, str]] = []
+        """Policies whose files are not there yet, and what is said of that."""
+        self._tried_at = 0.0
         self._refusals: list[tuple[Test, Respond]] = []
         self._known: list[_Known] = []
         self._plans: dict[tuple[str, tuple[int, ...]], Plan] = {}
@@ -56,22 +60,44 @@ class RedactionFilter:
             except ConfigError as exc:
                 self._refusals.append((lambda _: True, _refusal(policy, str(exc))))
                 continue
-            try:
-                secret, descriptors = _prepare(policy, read_key)
-                Plan([(policy, secret)], descriptors)
-            except ConfigError as exc:
-                self._refusals.append((test, _refusal(policy, str(exc))))
+            self._add(test, policy)
+
+    def _add(self, test: Test, policy: RedactionPolicy) -> None:
+        try:
+            secret, descriptors = _prepare(policy, self._read_key)
+            Plan([(policy, secret)], descriptors)
+        except ConfigError as exc:
+            if exc.field == "keyFile":  # the file may come later
+                self._lacking.append((test, policy, str(exc)))
             else:
-                self._known.append((test, policy, secret, descriptors))
+                self._refusals.append((test, _refusal(policy, str(exc))))
+        else:
+            self._known.append((test, policy, secret, descriptors))
+
+    def _try_again(self, now: float) -> None:
+        if now - self._tried_at >= KEY_SECONDS:
+            self._tried_at = now
+            lacking, self._lacking = self._lacking, []
+            for test, policy, _ in lacking:
+                self._add(test, policy)
 
     def on_request(self, request: Request) -> Verdict:
         """Refuse what a broken policy targets; redact headers, cookies and query."""
         for test, respond in self._refusals:
             if test(request):
                 return respond
+        if self._lacking:
+            self._try_again(request.now)
+            for test, policy, reason in self._lacking:
+                if test(request):
+                    return _refusal(policy, reason)
         chosen = tuple(index for index, each in enumerate(self._known) if each[0](request))
         if not chosen:
             return None
+        for index in chosen:
+            secret = self._known[index][2]
+            if secret is not None:
+                secret.refresh(request.now)
         # What a header says may be redacted below; the response is judged by what was sent.
         request.notes[self.name] = chosen
         plan = self._plan("Request", chosen)
@@ -176,7 +202,8 @@ class RedactionFilter:
 
     def _telemetry_plan(self, request: Request) -> Plan | None:
         """Of both directions: what must not be seen in one is not written down from the other."""
-        if any(test(request) for test, _ in self._refusals):
+        broken = [test for test, _ in self._refusals] + [each[0] for each in self._lacking]
+        if any(test(request) for test in broken):
             return HIDE_ALL
         chosen = request.notes.get(self.name)
         if chosen is None:
@@ -234,7 +261,8 @@ def _prepare(
     if any(rule.action.kind in ("hash", "tokenize") for rule in policy.rules):
         if not policy.key_file:
             raise ConfigError("hash and tokenize need a key", hint="set keyFile")
-        secret = Secret(read_key(policy.key_file))
+        name = policy.key_file
+        secret = Secret(read_key(name), lambda: read_key(name))
     if policy.descriptors:
         descriptors = Descriptors(decode(policy.descriptors))
     elif policy.descriptor_file:
