@@ -48,6 +48,7 @@ from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
+from waypoint.filters.redact.audit import open_audit
 from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
 from waypoint.proxy import Proxy
@@ -80,7 +81,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
     store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:
-            journal = Journal(access, HttpMetrics(registry))
+            audit = open_audit(config)
+            journal = Journal(access, HttpMetrics(registry), audit)
             proxy = Proxy(config, store, reactor, secrets, journal, nursery)
             inbounds = Inbounds(proxy)
             start = nursery.start_soon
@@ -92,6 +94,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             await nursery.start(_serve_pages, pages, nursery)
             for task in (reactor.run, proxy.timers.run, access.run, secrets.run):
                 start(task)
+            if audit is not None:
+                start(audit.run)
             start(metrics.watch_loop_lag, registry)
             start(proxy.upstreams.sweep, config.idle_seconds)
             has_state = trio.Event()

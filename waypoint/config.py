@@ -91,6 +91,16 @@ class WaypointConfig:
         default=Path("/var/run/secrets/ambit/redaction"),
         doc="Directory with the files that `keyFile` of a RedactionPolicy may name.",
     )
+    audit_file: str = setting(
+        env="AUDIT_FILE",
+        default="",
+        doc="Where redactions are recorded, one chained line for each request; nowhere by default.",
+    )
+    audit_max_bytes: int = setting(
+        env="AUDIT_MAX_BYTES",
+        default=64 << 20,
+        doc="Size at which the audit file is renamed (its last record's number is appended).",
+    )
     admin_address: str = setting(
         env="ADMIN_ADDR", default="localhost:15000", doc="Admin endpoint, on loopback."
     )

@@ -34,7 +34,12 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
-from waypoint.filters.redact.filter import RedactionFilter
+from waypoint.filters.redact.filter import (
+    RedactionFilter,
+    Value,
+    hide_attributes,
+    redact_trailers,
+)
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
 
@@ -144,6 +149,10 @@ class Exchange:
             if isinstance(each, RedactionFilter):
                 text = each.redact_text(self.request, text)
         return text
+
+    def hide_attributes(self, found: dict[str, Value]) -> dict[str, Value]:
+        """Attributes of a span, the same way; by the names of headers and parameters, too."""
+        return hide_attributes(self._filters, self.request, found)
 
     def _filter(self, plan: Forward | Answer) -> None:
         """The filters that are left, then what was planned."""
@@ -287,6 +296,9 @@ class Exchange:
             self._send_body(self._filtered(self._body_in, None))
             if self._done:
                 return
+        trailers = self._redacted(trailers, is_request=True)
+        if self._done:
+            return
         self.is_request_done = True
         self._trailers = trailers
         if self._up is not None:
@@ -307,6 +319,16 @@ class Exchange:
             self._blocked(blocked.respond)
             return b""
         return piece
+
+    def _redacted(self, trailers: Sequence[Pair], *, is_request: bool) -> Sequence[Pair]:
+        if trailers:
+            try:
+                return redact_trailers(
+                    self._filters, self.request, trailers, is_request=is_request
+                )  # fmt: skip
+            except Blocked as blocked:
+                self._blocked(blocked.respond)
+        return trailers
 
     def _blocked(self, respond: Respond) -> None:
         if self._started:
@@ -410,6 +432,9 @@ class Exchange:
                 return
             self.bytes_out += len(last)
             self._down.send_data(last)
+        trailers = self._redacted(trailers, is_request=False)
+        if self._done:
+            return
         self.is_response_done = True
         if trailers:
             self._note_grpc(trailers)
@@ -425,7 +450,9 @@ class Exchange:
         if self.request.is_grpc:
             for name, value in pairs:
                 if name == b"grpc-status":
-                    self.grpc_status = value.decode("latin-1")
+                    # It becomes a label: what is none counts as UNKNOWN.
+                    is_one = value.isdigit() and len(value) <= 2
+                    self.grpc_status = value.decode("ascii") if is_one else "2"
 
     def on_up_lost(self, reason: str, *, is_refused: bool) -> None:
         """The try ended without a response."""

@@ -12,6 +12,7 @@ from mesh.errors import Refusal, RemoteProtocolError
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime.http_metrics import HttpMetrics, Series
+from waypoint.filters.redact.audit import AuditLog
 
 if TYPE_CHECKING:
     from waypoint.exchange import Exchange
@@ -34,7 +35,10 @@ class AccessSink(Protocol):
 class Journal:
     """Writes records."""
 
-    def __init__(self, access: AccessSink, metrics: HttpMetrics) -> None:
+    def __init__(
+        self, access: AccessSink, metrics: HttpMetrics, audit: AuditLog | None = None
+    ) -> None:
+        self._audit = audit
         self._access = access
         self._metrics = metrics
         self._known: dict[tuple[object, ...], Series] = {}
@@ -55,6 +59,8 @@ class Journal:
             series = self._known[key] = self._metrics.series(labels)
         series.add(milliseconds, exchange.bytes_in, exchange.bytes_out, now)
         self._access.record(_fields(exchange, workload, milliseconds))
+        if self._audit is not None:
+            self._audit.record_exchange(exchange)
 
     def connection(
         self, inbound: Inbound, flag: str, reason: str, sent: int, received: int, started: float

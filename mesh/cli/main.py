@@ -14,6 +14,7 @@ from mesh.cli.output import emit, output_option
 
 _VERBS = {
     "certificates": ("mesh.cli.inspect", "certificates", "Show the proxies' certificates."),
+    "audit": ("mesh.cli.audit", "audit", "Verify the audit records of redaction."),
     "check": ("mesh.cli.check", "check", "Validate and lint YAML, without a cluster."),
     "connections": ("mesh.cli.inspect", "connections", "Show open connections."),
     "explain": ("mesh.cli.explain", "explain", "Say what happens to a connection, and why."),

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from mesh.cluster.api import Object
+from mesh.cluster.descriptor_sets import check_descriptors
 from mesh.cluster.fields import Reader, shown
 from mesh.cluster.objects import Metadata, read_metadata
 from mesh.cluster.policies import TargetRef, read_selector, read_target_refs
 from mesh.cluster.route_filters import read_duration, read_expression
+from mesh.errors import ConfigError
 from mesh.model import l7_policy as model
+from mesh.model.json_path import parse_json_path
 
 GROUP = "ambit.dev"
 MAX_RULES = 64
@@ -27,7 +30,8 @@ MAX_BODY_BYTES = 64 << 20
 _KEYS = ("Identity", "Namespace", "SourceIP", "Header", "Path", "Method", "Claim", "Host")
 NAMED_KEYS = ("Header", "Claim")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")
-_JSON_PATH = re.compile(r"\$(?:\.\.?(?:[A-Za-z0-9_-]+|\*)|\[(?:\*|[0-9]{1,6}|'[^'\]]{1,128}')\])+")
+_PROTO_FIELD = re.compile(r"(?:[A-Za-z_]\w{0,127}\.){1,32}[A-Za-z_]\w{0,127}")
+_FILE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})")
 _ADDRESS = re.compile(r"(?:rediss?://)?[A-Za-z0-9.:@_\[\]-]+(?:/[0-9]{0,3})?")
 
 
@@ -266,7 +270,7 @@ def parse_redaction_policy(obj: Object) -> RedactionPolicy:
     top = Reader(obj).only("apiVersion", "kind", "metadata", "spec", "status")
     spec = top.get("spec").only(
         "targetRefs", "direction", "when", "rules", "onUninspectable", "maxBodyBytes", "dryRun",
-        "keyFile", "audit",
+        "keyFile", "audit", "descriptors", "descriptorFile",
     )  # fmt: skip
     rules = [_redaction(each, index) for index, each in enumerate(_bounded(spec.get("rules")))]
     if not rules:
@@ -285,9 +289,11 @@ def parse_redaction_policy(obj: Object) -> RedactionPolicy:
         on_uninspectable=cast(
             "Any", spec.get("onUninspectable").choice(("Pass", "Block"), "Block")
         ),
-        max_body_bytes=_amount(spec.get("maxBodyBytes"), 1, default.max_body_bytes),
+        max_body_bytes=_amount(spec.get("maxBodyBytes"), 0, default.max_body_bytes),
         is_dry_run=spec.get("dryRun").boolean(),
-        key_file=spec.get("keyFile").text(),
+        key_file=_file(spec.get("keyFile")),
+        descriptors=spec.get("descriptors").text(),
+        descriptor_file=_file(spec.get("descriptorFile")),
         audits=spec.get("audit").boolean(default=True),
     )
     if policy.max_body_bytes > MAX_BODY_BYTES:
@@ -295,13 +301,24 @@ def parse_redaction_policy(obj: Object) -> RedactionPolicy:
     keyed = [each.name for each in rules if each.action.kind in ("hash", "tokenize")]
     if keyed and not policy.key_file:
         spec.get("keyFile").fail(f"missing: rule {keyed[0]} needs a key")
+    check_descriptors(spec)
     return RedactionPolicy(**common, policy=policy, target_refs=_required_targets(spec))
+
+
+def _file(name: Reader) -> str:
+    """A plain name: the waypoint looks in one directory."""
+    if name.text() and not _FILE.fullmatch(name.text()):
+        name.fail(
+            f"not a plain name of a file: {shown(name.value)}",
+            hint="such as shop.key, in the Secret that is mounted into the waypoint",
+        )
+    return name.text()
 
 
 def _redaction(rule: Reader, index: int) -> model.RedactionRule:
     rule.only(
         "name", "detector", "pattern", "validator", "headers", "cookies", "queryParams",
-        "jsonPaths", "formFields", "action",
+        "jsonPaths", "formFields", "grpcFields", "action",
     )  # fmt: skip
     kinds = get_args(model.DetectorKind)
     detector = rule.get("detector").choice(kinds, "")
@@ -311,8 +328,15 @@ def _redaction(rule: Reader, index: int) -> model.RedactionRule:
     if pattern:
         read_expression(rule.get("pattern"), pattern)
     for each in rule.get("jsonPaths").items():
-        if not _JSON_PATH.fullmatch(each.name()):
-            each.fail(f"not a JSON path: {shown(each.value)}", hint="such as $.a.b[*].c, $..name")
+        _path(each)
+    for each in rule.get("grpcFields").items():
+        if each.name().startswith("$"):
+            _path(each)
+        elif not _PROTO_FIELD.fullmatch(each.text()):
+            each.fail(
+                f"not a field: {shown(each.value)}",
+                hint="such as shop.v1.User.email, or a path: $.user.email",
+            )
     found = model.RedactionRule(
         name=rule.get("name").text() or str(index),
         detector=cast("Any", detector or None),
@@ -323,12 +347,20 @@ def _redaction(rule: Reader, index: int) -> model.RedactionRule:
         query_params=rule.get("queryParams").texts(),
         json_paths=rule.get("jsonPaths").texts(),
         form_fields=rule.get("formFields").texts(),
+        grpc_fields=rule.get("grpcFields").texts(),
         action=_action(rule.get("action")),
     )
     nowhere = replace(found, name="", action=model.RedactionAction())
     if nowhere == model.RedactionRule(""):
         rule.fail("names neither a detector nor a place: it finds nothing")
     return found
+
+
+def _path(each: Reader) -> None:
+    try:
+        parse_json_path(each.name())
+    except ConfigError as error:
+        each.fail(str(error.args[0]), hint=error.hint)
 
 
 def _action(action: Reader) -> model.RedactionAction:

@@ -234,7 +234,7 @@ class RedactionAction:
 class RedactionRule:
     """One search: by detector anywhere in what is covered, or by place. `pattern` is RE2 (detector
     custom). Places: header names, cookie names, query parameters, JSON paths (`$.a.b[*].c`,
-    `$..name`), form fields.
+    `$..name`), form fields, fields of gRPC messages (`shop.v1.User.email`, or by path).
     """
 
     name: str
@@ -246,13 +246,16 @@ class RedactionRule:
     query_params: tuple[str, ...] = ()
     json_paths: tuple[str, ...] = ()
     form_fields: tuple[str, ...] = ()
+    grpc_fields: tuple[str, ...] = ()
     action: RedactionAction = RedactionAction()
 
 
 @dataclass(frozen=True, slots=True)
 class RedactionPolicy:
     """`ambit.dev/v1alpha1` RedactionPolicy. `key_file` names the mounted secret of hash and
-    tokenize; `on_uninspectable` says what happens to content that cannot be looked into.
+    tokenize; `on_uninspectable` says what happens to content that cannot be looked into, which is
+    also what is longer than `max_body_bytes` (0: any length). `descriptors` is a FileDescriptorSet
+    in base64; `descriptor_file` one beside the keys.
     """
 
     namespace: str
@@ -261,9 +264,11 @@ class RedactionPolicy:
     condition: RequestCondition = RequestCondition()
     rules: tuple[RedactionRule, ...] = ()
     on_uninspectable: Literal["Pass", "Block"] = "Block"
-    max_body_bytes: int = 1 << 20
+    max_body_bytes: int = 0
     is_dry_run: bool = False
     key_file: str = ""
+    descriptors: str = ""
+    descriptor_file: str = ""
     audits: bool = True
     source: str = ""
     problem: str = ""

@@ -6,7 +6,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mesh.model.l7_policy import RedactionPolicy, RedactionRule
@@ -57,6 +57,7 @@ PIECES = st.lists(st.one_of(NOISE, st.sampled_from(VALUES)), max_size=8).map("".
 )
 @settings(max_examples=120, deadline=None)
 @given(text=PIECES, places=st.lists(st.integers(0, 400), max_size=12))
+@example(text="123-45-6789" + VALUES[-1] * 2, places=[39])
 def test_any_cut_gives_what_the_whole_gives(
     plan: Plan, syntax: views.Syntax, text: str, places: list[int]
 ) -> None:

@@ -106,7 +106,7 @@ async def test_failed_tries_are_repeated_and_timeouts_answer_504() -> None:
 
 
 async def test_a_policy_that_nobody_carries_out_fails_closed() -> None:
-    broken = RedactionRule("names", json_paths=("$.user.name",))
+    broken = RedactionRule("names", grpc_fields=("$.user.name",))
     redactions = (RedactionPolicy("shop", "cards", rules=(broken,)),)
     async with (
         running_app("web-1", key("web")) as app,

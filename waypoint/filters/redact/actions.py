@@ -11,23 +11,38 @@ the key neither can be made from a guessed value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import blake2b
 
 from mesh.errors import ConfigError
 from mesh.model.l7_policy import RedactionAction
 
 MIN_KEY_BYTES = 16
+KEY_SECONDS = 10.0
 _LETTERS = bytes.maketrans(b"0123456789abcdef", b"abcdefghijklmnop")
 _SEPARATORS = b" \t-./()"
 
 
 class Secret:
-    """The key of one policy. It does not show itself."""
+    """The key of one policy. It does not show itself. A file that changes is read again."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("_asked_at", "_key", "_read")
 
-    def __init__(self, key: bytes) -> None:
-        """Raises `ConfigError` for a key that could be guessed."""
+    def __init__(self, key: bytes, read: Callable[[], bytes] | None = None) -> None:
+        """`read` gives the key anew. Raises `ConfigError` for a key that could be guessed."""
+        self._read = read
+        self._asked_at = 0.0
+        self._set(key)
+
+    def refresh(self, now: float) -> None:
+        """Read the key again, every `KEY_SECONDS`; one that is not good leaves the old one."""
+        if self._read is not None and now - self._asked_at >= KEY_SECONDS:
+            self._asked_at = now
+            with suppress(ConfigError):
+                self._set(self._read())
+
+    def _set(self, key: bytes) -> None:
         if len(key) < MIN_KEY_BYTES:
             raise ConfigError(
                 f"key of redaction has {len(key)} bytes, needs at least {MIN_KEY_BYTES}",

@@ -19,15 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mesh.model.l7_policy import DetectorKind
-from waypoint.filters.redact.numbers import check_card, check_iban, check_national_id
+from waypoint.filters.redact.national_ids import NATIONAL, check_national_id
+from waypoint.filters.redact.numbers import check_card, check_iban
 from waypoint.filters.redact.phone import PHONE, check_phone
-from waypoint.filters.redact.spans import Found, is_word
+from waypoint.filters.redact.spans import CONTEXT_BYTES, Found, is_word
 
 DELIMITERS = b'\x00\t\n\r",;<>{}[]|`\\'
 MAX_KEY_BYTES = 16 << 10
 """Of a private key in PEM; an RSA key of 16384 bits has 12.7 kB."""
-CONTEXT_BYTES = 48
-"""How far before a number its name is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +133,7 @@ _CLOUD = (
     rb"|\bnpm_[0-9A-Za-z]{36}\b|\bpypi-[0-9A-Za-z_-]{50,}|\bdo[opr]_v1_[0-9a-f]{64}\b"
     rb"|\bsk-[0-9A-Za-z_-]{32,}|\bhf_[0-9A-Za-z]{34}\b|\bhv[sb]\.[0-9A-Za-z_-]{24,}"
     rb"|\bshp(?:at|ca|pa|ss)_[0-9A-Fa-f]{32}\b|\bdapi[0-9a-f]{32}\b|\bLTAI[0-9A-Za-z]{20}\b"
+    rb"|\bsq0(?:atp|csp)-[0-9A-Za-z_-]{22,}|\bkey-[0-9a-f]{32}\b|\bglsa_[0-9A-Za-z_]{32,}"
 )
 _AWS_NAME = re.compile(rb"(?i)secret|aws")
 
@@ -187,18 +187,6 @@ _CARD = _ALONE + rb"[2-6]\d{3}(?:[ -]?\d){8,15}\b"
 _IBAN = (
     rb"\b[A-Za-z]{2}\d{2}(?:[A-Za-z0-9]{11,30}|(?: [A-Za-z0-9]{4}){2,7}(?: [A-Za-z0-9]{1,3})?)\b"
 )
-_NATIONAL = (
-    rb"\b\d{3}(?:[- ]\d{2}[- ]\d{4}|[- ]\d{3}[- ]\d{3,4}|\.\d{3}\.\d{3}-\d{2}"
-    rb"|\.\d{4}\.\d{4}\.\d{2})\b"
-    rb"|\b\d{6}(?:\d{2})?[-+A-F]\d{3}[0-9A-Z]\b|\b\d{6}-\d{7}\b|\b\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2}\b"
-    rb"|\b\d{1,2}\.\d{3}\.\d{3}-[0-9kK]\b|\b[2-9]\d{3}[ -]\d{4}[ -]\d{4}\b"
-    rb"|\b[12] \d{2} \d{2} \d[0-9ABab] \d{3} \d{3} \d{2}\b|\b\d{2} \d{3} \d{3} \d{3}\b"
-    rb"|" + _ALONE + rb"(?:\d{9,13}|\d{15}|\d{17}[0-9Xx])\b|\b[12]\d{4}2[ABab]\d{8}\b"
-    rb"|\b[A-Za-z]{2}[ -]?\d{2}[ -]?\d{2}[ -]?\d{2}[ -]?[A-Da-d]\b"
-    rb"|\b\d{8}-?[A-Za-z]\b|\b[XYZxyz]-?\d{7}-?[A-Za-z]\b|\b\d{7}[A-Wa-w][A-Ia-iWw]?\b"
-    rb"|\b[A-Za-z]{6}\d{2}[A-Za-z]\d{2}[A-Za-z]\d{3}[A-Za-z]\b"
-    rb"|\b[A-Za-z]{4}\d{6}[HMhm][A-Za-z]{5}[A-Za-z0-9]\d\b"
-)
 _LETTERS = _UPPER + _UPPER.lower()
 _ANY_BUT_WORDS = bytes(byte for byte in range(256) if byte not in _LETTERS + b"_")
 
@@ -211,7 +199,7 @@ BUILT_IN: dict[DetectorKind, Detector] = {
         _detector("email", _EMAIL, check_email, _WORD + b".%+'-" + _HIGH),
         _detector("iban", _IBAN, check_iban, _LETTERS),
         _detector("payment-card", _CARD, check_card, _ANY_BUT_WORDS),
-        _detector("national-id", _NATIONAL, check_national_id, bytes(range(256))),
+        _detector("national-id", NATIONAL, check_national_id, bytes(range(256))),
         _detector("ip", rb"(?:" + _IPV4 + rb"|" + _IPV6 + rb")", check_ip, _WORD + b":"),
         _detector("phone", PHONE, check_phone, _ANY_BUT_WORDS),
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from mesh.errors import ConfigError
 from waypoint.filters.redact.filter import ReadKey
 
-MAX_KEY_BYTES = 4096
+MAX_KEY_BYTES = 4 << 20
+"""Descriptor sets are beside the keys, and as long as that."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})")
 
 

@@ -8,18 +8,34 @@ import re
 
 from waypoint.filters.redact.spans import Found, is_word, naming, stands_alone
 
+_EXTENSION = rb"(?: ?(?:x|ext\.?) ?\d{1,5})?"
 PHONE = (
     rb"\+\(?\d{1,4}\)?(?:[ ./-]{0,2}\(?\d{1,8}\)?){1,7}"
-    rb"|(?:\b(?:00)?1[ .-])?(?:\(\d{3}\)[ -]?|\b\d{3}[ .-])\d{3}[ .-]\d{4}\b"
-    rb"|\b00[1-9](?:[ ./-]?\(?\d{1,8}\)?){2,7}"
-    rb"|(?:\(0\d{1,5}\)|\b0\d{1,5})(?:[ ./-]{1,2}\d{2,8}){1,5}\b"
-    rb"|(?:^|[^0-9A-Za-z_.])\d{7,14}\b|\b\d{3}-\d{4}\b"
+    + _EXTENSION
+    + rb"|(?:\b(?:00)?1[ .-])?(?:\(\d{3}\)[ -]?|\b\d{3}[ .-])\d{3}[ .-]\d{4}"
+    + _EXTENSION
+    + rb"|\b00[1-9](?:[ ./-]?\(?\d{1,8}\)?){2,7}"
+    rb"|(?:\(0\d{1,5}\)|\b0[1-9]\d{0,4})(?:[ ./-]{1,2}\d{2,8}){1,5}\b"
+    rb"|\(\d{2,4}\)[ -]?\d{3,5}[ -]?\d{4}\b|\b1[3-9]\d[ -]\d{4}[ -]\d{4}\b"
+    rb"|\b[6-9]\d{4} \d{5}\b"
+    rb"|\b8 ?\(\d{3}\) ?\d{3}[ -]\d{2}[ -]\d{2}\b"
+    rb"|(?:^|[^0-9A-Za-z_.])(?:07[1-9]\d{8}|00[1-9]\d{10,12})\b"
+)
+"""What needs no name; the others are `named_numbers`'."""
+PHONE_NAMES = (
+    rb"phone|mobile|cell|fax|\btel|[._-]tel|call|contact|whats|sms|handy|msisdn|dial|telef|movil"
+    rb"|fono|nummer"
 )
 _DATE = re.compile(rb"\d{1,2}([-/.])\d{1,2}\1\d{4}|\d{4}([-/.])\d{1,2}\2\d{1,2}")
-_is_named = naming(
-    rb"phone|mobile|cell|fax|\btel|[._-]tel|call|contact|whats|sms|handy|msisdn|dial|telef|movil"
-)
+_is_named = naming(PHONE_NAMES)
 _NANP = re.compile(rb"(?:(?:00)?1[ .-])?\(?(\d{3})\)?[ .-]?(\d{3})[ .-]\d{4}")
+_KNOWN = re.compile(
+    rb"\((?!0)\d{2,4}\)[ -]?\d{3,5}[ -]?\d{4}|1[3-9]\d([ -])\d{4}\1\d{4}|[6-9]\d{4} \d{5}"
+    rb"|8 ?\(\d{3}\) ?\d{3}[ -]\d{2}[ -]\d{2}"
+)
+"""Brazil and others with an area in brackets, China, India, Russia."""
+_EXTENDED = re.compile(rb" ?(?:x|ext\.?) ?\d{1,5}\Z")
+_LAST_GROUP = re.compile(rb"[ ./()-]*\d+[ ./()-]*\Z")
 _NOT_DIGIT = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
 
 
@@ -31,16 +47,21 @@ def check_phone(view: bytes, start: int, end: int) -> Found:
     end = start + len(text)
     if text.isdigit():
         return _check_bare(view, start, end, text)
-    digits = text.translate(None, _NOT_DIGIT)
+    extension = _EXTENDED.search(text)
+    main = text[: extension.start()] if extension else text
+    digits = main.translate(None, _NOT_DIGIT)
     before = view[max(0, start - 1) : start]
     if text[:1] == b"+":
         if is_word(before) or before in (b"/", b"+", b"=") or is_word(view[end : end + 1]):
             return start + 1
+        while len(digits) > 15 and not extension:  # what follows is no part of it
+            text = _LAST_GROUP.sub(b"", text)
+            end, digits = start + len(text), text.translate(None, _NOT_DIGIT)
         is_one = 8 <= len(digits) <= 15 and digits[0] != 48 and len(set(digits)) > 1
         return (start, end) if is_one else start + 1
     if _DATE.match(text) or not stands_alone(view, start, end):
         return _next_start(text, start, end)
-    north_american = _NANP.fullmatch(text)
+    north_american = _NANP.fullmatch(main)
     if north_american:
         area, exchange = north_american.group(1), north_american.group(2)
         if area[0] > 49 and area not in (b"000", b"999") and exchange != b"000":
@@ -49,6 +70,8 @@ def check_phone(view: bytes, start: int, end: int) -> Found:
         return (start, end) if 10 <= len(digits) <= 17 else _next_start(text, start, end)
     if digits[:1] == b"0":
         return (start, end) if 9 <= len(digits) <= 12 else _next_start(text, start, end)
+    if _KNOWN.fullmatch(text):
+        return start, end
     if 7 <= len(digits) <= 14 and _is_named(view, start):
         return start, end
     return _next_start(text, start, end)

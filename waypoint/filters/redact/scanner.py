@@ -20,6 +20,7 @@ from stdnum.iso7064 import mod_97_10
 from mesh.errors import ConfigError
 from mesh.model.l7_policy import DetectorKind, RedactionRule
 from waypoint.filters.redact.detectors import BUILT_IN, Detector
+from waypoint.filters.redact.named_numbers import NAMED_KINDS, NamedNumbers
 from waypoint.filters.redact.spans import Found
 
 MAX_REGEX_BYTES = 32 << 20
@@ -89,7 +90,15 @@ def _anchored(part: Detector) -> Callable[[bytes, int], Any]:
 class Scanner:
     """Detectors of `rules` (index and rule; those without a detector are left out)."""
 
-    __slots__ = ("_by_first", "_search", "has_custom", "has_numbers", "has_private_keys")
+    __slots__ = (
+        "_by_first",
+        "_named",
+        "_rules",
+        "_search",
+        "has_custom",
+        "has_numbers",
+        "has_private_keys",
+    )
 
     def __init__(self, rules: list[tuple[int, RedactionRule]]) -> None:
         """Raises `ConfigError`: a pattern is no RE2."""
@@ -104,6 +113,9 @@ class Scanner:
         self.has_custom = any(part.kind == "custom" for _, part in parts)
         self.has_numbers = any(part.kind in _NUMERIC for _, part in parts)
         self.has_private_keys = any(part.kind == "private-key" for _, part in parts)
+        self._rules = {part.kind: index for index, part in parts}
+        named = NAMED_KINDS & self._rules.keys()
+        self._named = NamedNumbers(named) if named else None
         together = b"|".join(b"(?:" + part.pattern + b")" for _, part in parts)
         self._search = compile_pattern(together).search if parts else None
         singles = [(part, _anchored(part), index) for index, part in parts]
@@ -121,6 +133,29 @@ class Scanner:
 
     def find(self, view: bytes, place: int = 0) -> Iterator[Hit]:
         """What is found from `place` on, from left to right, never overlapping."""
+        if self._named is not None:
+            named = next(found := self._named.find(view, place), None)
+            if named is not None:
+                return self._merged(view, place, [named, *found])
+        return self._find(view, place)
+
+    def _merged(
+        self, view: bytes, place: int, named: list[tuple[int, int, DetectorKind]]
+    ) -> Iterator[Hit]:
+        hits = list(self._find(view, place))
+        hits += [
+            Hit(max(start, place), end, self._rules[kind], kind)
+            for start, end, kind in named
+            if end > place
+        ]
+        # Of two that overlap the earlier, then the longer one.
+        done = place
+        for hit in sorted(hits, key=lambda each: (each.start, -each.end)):
+            if hit.start >= done:
+                yield hit
+                done = hit.end
+
+    def _find(self, view: bytes, place: int) -> Iterator[Hit]:
         search = self._search
         if search is None:
             return

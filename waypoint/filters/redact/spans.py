@@ -10,7 +10,9 @@ import re2
 Found = tuple[int, int] | int
 """The span of the value, or the place (after the candidate's start) where the search goes on."""
 
-_CLAUSE = re.compile(rb"[,{}\[\];&]")
+CONTEXT_BYTES = 48
+"""How far before a number its name is looked for."""
+_CLAUSE = re.compile(rb"[,{}\];&]")
 
 
 def is_word(byte: bytes) -> bool:
@@ -26,7 +28,7 @@ def naming(words: bytes) -> Callable[[bytes, int], bool]:
     search = re2.compile(words, options).search
 
     def is_named(view: bytes, start: int) -> bool:
-        begin = start - 48 if start > 48 else 0
+        begin = max(0, start - CONTEXT_BYTES)
         found = search(view, begin, start)
         if found is None:
             return False

@@ -21,6 +21,7 @@ OVERLAP = 8 << 10
 _CONTEXT = 48
 _STRUCTURE = re.compile(rb'\\.|"', re.DOTALL)
 _NUMBER_CHAR = frozenset(b"0123456789+-.eE")
+_NUMBER_REST = re.compile(rb"[0-9.]*(?:[eE][+-]?[0-9]+)?")
 _PRIVATE_END = re.compile(rb"-----END [A-Z0-9 ]{0,40}-----\Z|Private-MAC: [0-9a-f]{40,64}\Z|\AAGE-")
 
 
@@ -115,7 +116,7 @@ class TextRedactor:
         if self._plan.dry:
             for hit in self._plan.dry.find(text, shift):
                 if view.raw_start(hit.start - shift) < taken:
-                    self._report.counts[hit.rule, self._location] += 1
+                    self._report.counts[self._plan.rules[hit.rule].key, self._location] += 1
         self._passed(raw, view, taken)
         return taken
 
@@ -136,14 +137,14 @@ class TextRedactor:
     ) -> tuple[int, int, bytes]:
         """The bytes to replace and what by: a number of JSON as a whole, by a string."""
         rule = self._plan.rules[hit.rule]
-        self._report.counts[hit.rule, self._location] += 1
+        self._report.counts[self._plan.rules[hit.rule].key, self._location] += 1
         put = self._syntax.write(rule.replacement(hit.kind, value))
         is_number = self._is_json and all(byte in _NUMBER_CHAR for byte in value)
         if is_number and not self._is_in_string(raw, begin):
             while begin > done and raw[begin - 1] in _NUMBER_CHAR:
                 begin -= 1
-            while end < len(raw) and raw[end] in _NUMBER_CHAR:
-                end += 1
+            rest = _NUMBER_REST.match(raw, end)
+            end = rest.end() if rest else end
             put = b'"' + put + b'"'
         return begin, end, put
 
@@ -175,7 +176,7 @@ def redact_value(
     done, pieces = 0, []
     for hit in scanner.find(view.text):
         rule = plan.rules[hit.rule]
-        report.counts[hit.rule, location] += 1
+        report.counts[rule.key, location] += 1
         if rule.policy.is_dry_run:
             continue
         begin = max(view.raw_start(hit.start), done)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
+from google.protobuf import descriptor_pb2
 
 from mesh.cluster.api import ref_of
+from mesh.cluster.descriptor_sets import field_names
 from mesh.cluster.inventory import PARSERS
 from mesh.errors import ConfigError
 from mesh.model.l7_policy import (
@@ -109,6 +113,18 @@ def test_limits_that_are_refused(spec, field):
     assert caught.value.field == field
 
 
+_FILE = descriptor_pb2.FileDescriptorProto(name="a.proto", package="a")
+_FILE.message_type.add(name="B").field.add(name="c")
+_RAW = descriptor_pb2.FileDescriptorSet(file=[_FILE]).SerializeToString()
+SET = base64.b64encode(_RAW).decode()
+
+
+def test_fields_that_descriptors_know():
+    assert field_names(_RAW) == {"a.B.c"}
+    found = redaction(rules=[{"grpcFields": ["a.B.c", "$..c"]}], descriptors=SET)
+    assert found.rules[0].grpc_fields == ("a.B.c", "$..c")
+
+
 def test_a_redaction_in_full():
     rule = {
         "name": "card",
@@ -124,7 +140,7 @@ def test_a_redaction_in_full():
     assert told.action == RedactionAction("mask", 4, "#")
     assert (told.headers, told.json_paths) == (("x-card",), ("$.a.b[*].c", "$..card"))
     assert (found.direction, found.is_dry_run, found.audits) == ("Response", True, False)
-    assert (found.on_uninspectable, found.max_body_bytes) == ("Block", 1 << 20)
+    assert (found.on_uninspectable, found.max_body_bytes) == ("Block", 0)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +153,24 @@ def test_a_redaction_in_full():
         ({"rules": [{"detector": "email", "pattern": "x"}]}, "spec.rules[0].pattern"),
         ({"rules": [{"detector": "custom", "pattern": "("}]}, "spec.rules[0].pattern"),
         ({"rules": [{"jsonPaths": ["a.b"]}]}, "spec.rules[0].jsonPaths[0]"),
+        ({"rules": [{"jsonPaths": ["$.ok", "$.a[-1]"]}]}, "spec.rules[0].jsonPaths[1]"),
+        ({"rules": [{"jsonPaths": ["$.a[?@.b]"]}]}, "spec.rules[0].jsonPaths[0]"),
+        ({"rules": [{"grpcFields": ["$.a"]}]}, "spec.rules[0].grpcFields"),
+        (
+            {"rules": [{"grpcFields": ["email"]}], "descriptorFile": "a.pb"},
+            "spec.rules[0].grpcFields[0]",
+        ),
+        (
+            {"rules": [{"grpcFields": ["a.B.d"]}], "descriptors": SET},
+            "spec.rules[0].grpcFields[0]",
+        ),
+        ({"rules": [{"jsonPaths": ["$.a"]}], "descriptors": "?"}, "spec.descriptors"),
+        ({"rules": [{"jsonPaths": ["$.a"]}], "descriptors": "bm9uZQ=="}, "spec.descriptors"),
+        (
+            {"rules": [{"jsonPaths": ["$.a"]}], "descriptors": SET, "descriptorFile": "a.pb"},
+            "spec.descriptorFile",
+        ),
+        ({"rules": [{"jsonPaths": ["$.a"]}], "keyFile": "../etc/passwd"}, "spec.keyFile"),
         ({"rules": [{"detector": "shoe-size"}]}, "spec.rules[0].detector"),
         ({"rules": [{"detector": "email", "action": {"type": "hash"}}]}, "spec.keyFile"),
         (
