@@ -169,6 +169,7 @@ class H1Down:
             extra = b"connection: upgrade\r\nupgrade: " + switches + b"\r\n"
             self._transport.write(h1.encode_response(101, pairs, extra))
             early, self._buffer = self._buffer, b""
+            self._transport.unpause()
             if early and self._exchange is not None:
                 self._exchange.on_request_data(memoryview(early))
             return

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h2_frames
+from mesh.http.h1 import MAX_FIELDS, is_host
 from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
+from mesh.http.trailers import safe_trailers
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Pair, Response
 from waypoint.h2 import H2Channel, H2Stream
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 # What goes into a request line must not end it, whoever reads it.
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 _PATH = re.compile(rb"/[!\"$-~]*+|\*")
-_AUTHORITY = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]\-]+")
+_SCHEMES = frozenset({b"http", b"https"})
 _PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
 
 
@@ -38,7 +40,7 @@ class H2Down(H2Channel):
         """A request, or its trailers."""
         owner: _DownStream | None = stream.owner
         if owner is not None:
-            owner.trailers = pairs
+            owner.trailers = safe_trailers(pairs)
             return
         owner = stream.owner = _DownStream(self, stream)
         problem = owner.read(pairs)
@@ -95,11 +97,15 @@ class _DownStream(H2Stream):
         hosts = [value for name, value in pairs if name == b"host"]
         authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
         method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-        if not pseudo.keys() <= _PSEUDO or b":scheme" not in pseudo or method == b"CONNECT":
+        if not pseudo.keys() <= _PSEUDO or method == b"CONNECT":
             return "pseudo-headers are missing or not served"
+        if pseudo.get(b":scheme") not in _SCHEMES:
+            return "a scheme that is not served"
         if not _METHOD.fullmatch(method) or not _PATH.fullmatch(path):
             return "a malformed method or path"
-        if not _AUTHORITY.fullmatch(authority) or any(host != authority for host in hosts):
+        if path == b"*" and method != b"OPTIONS":
+            return "a path that only OPTIONS has"
+        if not authority or not is_host(authority) or any(host != authority for host in hosts):
             return "a malformed authority, or two"
         if not self.declare(rest):
             return "a malformed content-length"
@@ -109,6 +115,8 @@ class _DownStream(H2Stream):
         if len(cookies) > 1:
             rest = [pair for pair in rest if pair[0] != b"cookie"]
             rest.append((b"cookie", b"; ".join(cookies)))
+        if len(rest) > MAX_FIELDS:
+            return "too many fields"
         self._head = (method, pseudo[b":scheme"], authority, path, rest)
         return ""
 

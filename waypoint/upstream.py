@@ -116,6 +116,10 @@ class Endpoint:
             self._h2.append(channel)
             transport.start(channel)
             channel.touch()
+            if not channel.can_open:
+                reason = "the endpoint takes no requests"
+                channel.end(reason, abort=False)
+                channel = None
         except MeshError as exc:
             reason = str(exc)
         finally:
