@@ -120,14 +120,14 @@ class Exchange:
             query=query or b"", headers=Headers(pairs), source=inbound.source,
             source_ip=inbound.source_ip, remote_ip=inbound.source_ip,
             destination_ip=inbound.destination_ip, destination_port=inbound.port,
-            service=inbound.service_key, now=now,
+            service=inbound.service_key, now=now, upgrade=self.upgrade,
         )  # fmt: skip
         if normal is None:
             self._answer(Respond(400, reason="the path cannot be normalized", flag="DPE"))
             return
         for name, value in pairs:
             if name == b"content-type":
-                request.is_grpc = value.startswith(b"application/grpc")
+                request.is_grpc = heads.is_grpc(value)
         plan = traffic.routes.plan(request, inbound.source_namespace, inbound.rng)
         request.route, request.rule = plan.route, plan.rule
         if isinstance(plan, Forward):

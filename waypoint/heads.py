@@ -24,6 +24,11 @@ class RandomBytes(Protocol):
         ...
 
 
+def is_grpc(content_type: bytes) -> bool:
+    """Whether it is gRPC's; gRPC-Web is plain HTTP to us (its trailers are in the body)."""
+    return content_type[:16].lower() == b"application/grpc" and content_type[16:17] in b"+; \t"
+
+
 def local_response(request: Request, respond: Respond) -> Response:
     """Our own answer: trailers-only for gRPC (the gRPC over HTTP/2 protocol), else plain."""
     if request.is_grpc and not 300 <= respond.status < 400:

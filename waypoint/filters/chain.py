@@ -66,6 +66,8 @@ class Request:
     authority: bytes
     path: bytes
     query: bytes = b""
+    upgrade: bytes = b""
+    """The protocols that it asks to switch to, empty for none."""
     headers: Headers = field(default_factory=Headers)
     source: SpiffeId | None = None
     source_ip: str = ""
