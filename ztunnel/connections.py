@@ -302,5 +302,6 @@ def _cut_short(tracked: Tracked) -> Ending:
     cause = tracked.cut
     if cause is None:
         return Ending(error="closed because this proxy stopped serving the pod")
-    tracked.record.policy = cause.policy or tracked.record.policy
+    if cause.policy:
+        tracked.record.policy, tracked.record.rule = cause.policy, cause.rule
     return Ending(cause.flag, cause.reason, cause.hint)

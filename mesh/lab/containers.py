@@ -6,6 +6,7 @@ kept in a `ContainerState`, which the pod's status shows; `tell` is called at ev
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping
@@ -42,6 +43,8 @@ class ContainerState:
     message: str = ""
     code: int = 0
     restarts: int = 0
+    failure: str = ""
+    failed_at: float = -math.inf
     is_ready: bool = False
     is_started: bool = False
     since: str = ""
@@ -144,6 +147,7 @@ class ContainerRunner:
         if state.state == "terminated":
             message = state.message or f"exit code {state.code}"
             state.message = f"{message}; starts again in {seconds:.0f} s"
+            state.failure, state.failed_at = message, trio.current_time()
         state.state, state.reason = "waiting", "CrashLoopBackOff"
         state.restarts += 1
         await self.room.tell()

@@ -26,6 +26,7 @@ from mesh.lab.podspec import Container, VolumeSource
 from mesh.lab.processes import Place, Processes, kill_inside
 from mesh.lab.topology import NodePlan, PodPlan
 
+_FLAPPING_SECONDS = 10.0  # a container restarted since then may well end again
 RETRY_SECONDS = 1.0
 
 
@@ -95,6 +96,18 @@ class PodRunner:
             and not self.is_terminating
             and all(runner.state.is_ready for runner in self._lasting())
         )
+
+    @property
+    def failure(self) -> str:
+        """Why a container ended that was started again just now; empty if none was."""
+        now = trio.current_time()
+        states = [runner.state for runner in self._lasting()]
+        return next((s.failure for s in states if now - s.failed_at < _FLAPPING_SECONDS), "")
+
+    @property
+    def flaps(self) -> bool:
+        """Whether it counts as ready only because a failing container has just been restarted."""
+        return self.is_ready and bool(self.failure)
 
     @property
     def netns_path(self) -> Path:

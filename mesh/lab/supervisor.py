@@ -144,12 +144,15 @@ class Supervisor:
 
     def _tell_unready(self) -> None:
         said = f"not ready after {READY_SECONDS:.0f} s:"
-        late = list(self.state.unready())
+        late = [
+            *self.state.unready(),
+            *(each for each in self.state.runners.values() if each.flaps),
+        ]
         if not late:
             self.state.speaker.say(f"{said} the daemons\nhint: ambit lab status, ambit lab logs")
         for runner in late:
             name = f"{runner.pod.namespace}/{runner.pod.name}"
-            why = runner.summary()["message"] or runner.phase.lower()
+            why = runner.summary()["message"] or runner.failure or runner.phase.lower()
             self.state.speaker.say(f"{said} {name}: {why}\nhint: ambit lab logs {name}")
 
     async def _go_down(self) -> None:

@@ -107,9 +107,15 @@ def test_one_tree_for_a_connection_through_two_nodes(lab: TestLab) -> None:
         assert outbound.trace_id in {each["connection.id"] for each in records(lab, node)}
 
 
-def test_a_denied_connection_names_its_policy_at_the_end_that_denied(lab: TestLab) -> None:
+@pytest.fixture
+def denied(lab: TestLab) -> Iterator[None]:
     lab.client.apply(DENY)
+    yield
+    lab.client.delete("AuthorizationPolicy", "echo", "nobody")
 
+
+@pytest.mark.usefixtures("denied")
+def test_a_denied_connection_names_its_policy_at_the_end_that_denied(lab: TestLab) -> None:
     def asked() -> tuple[Received, Received]:
         lab.client.run("echo", "caller", ["python3", "-c", ASK])
         return eventually(lambda: pair(lab, "DENY"), seconds=5)
@@ -122,7 +128,6 @@ def test_a_denied_connection_names_its_policy_at_the_end_that_denied(lab: TestLa
     assert "denied by policy echo/nobody, rule 0" in inbound.error
     assert outbound.attributes["response_flags"] == "DENY"
     assert outbound.error
-    lab.client.delete("AuthorizationPolicy", "echo", "nobody")
 
 
 @pytest.fixture
