@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import MeshError, Refusal
 from waypoint.detect import server_name
+from waypoint.filters.chain import Request
+from waypoint.judge_connection import judge_connection
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -87,13 +89,24 @@ class _Pipe:
             self.inbound, flag, reason, self.down.count, sent, self.started
         )
 
+    def _facts(self) -> Request:
+        """What policy may know of a connection."""
+        inbound = self.inbound
+        return Request(
+            method=b"", scheme=b"", authority=b"", path=b"", source=inbound.source,
+            source_ip=inbound.source_ip, remote_ip=inbound.source_ip,
+            destination_ip=inbound.destination_ip, destination_port=inbound.port,
+            service=inbound.service_key, now=self.started,
+        )  # fmt: skip
+
     async def run(self, first: bytes) -> None:
         """Choose, dial, join."""
         inbound = self.inbound
         proxy = inbound.proxy
         traffic = inbound.traffic()
-        if traffic.filters:
-            self.finish("DENY", "policies of this service cannot judge opaque connections yet")
+        refusal = judge_connection(traffic.filters, self._facts(), inbound.target.protocol)
+        if refusal is not None:
+            self.finish(refusal.flag, refusal.reason)
             return
         name = server_name(first) or "" if first else ""
         backend = traffic.routes.plan_connection(

@@ -21,6 +21,7 @@ from typing import Any, Final
 from mesh.errors import ConfigError
 from mesh.model.l7_policy import L7Authorization, L7Condition, L7Operation, L7Rule, L7Source
 from waypoint.filters.addresses import in_any_block
+from waypoint.filters.authorize_connection import for_connections
 from waypoint.filters.chain import PassingFilter, Request, Respond, Verdict
 from waypoint.filters.readings import field_readings, host_readings, path_readings
 from waypoint.filters.strings import any_of, path_any_of
@@ -128,7 +129,10 @@ class Authorize(PassingFilter):
     def __init__(
         self, policies: Iterable[L7Authorization], *, explains_denials: bool = False
     ) -> None:
+        policies = tuple(policies)
         self._authorizer = Authorizer(policies)
+        self.connections = Authorizer(for_connections(policies))
+        """Judges what is no HTTP, by what is known of it."""
         self._explains = explains_denials
 
     def on_request(self, request: Request) -> Verdict:
