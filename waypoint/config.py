@@ -86,6 +86,11 @@ class WaypointConfig:
     pool_max_streams: int = setting(
         env="POOL_MAX_STREAMS_PER_CONNECTION", default=100, doc="Tunnels on one connection."
     )
+    window_budget_bytes: int = setting(
+        env="RECEIVE_WINDOW_BUDGET",
+        default=64 << 20,
+        doc="Receive window for all connections together, in bytes, beyond each one's first.",
+    )
     redaction_keys: Path = setting(
         env="REDACTION_KEYS",
         default=Path("/var/run/secrets/ambit/redaction"),

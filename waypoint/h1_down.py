@@ -21,7 +21,7 @@ from waypoint.transport import Transport
 if TYPE_CHECKING:
     from waypoint.inbound import Inbound
 
-_HEAD, _LENGTH, _CHUNKED, _WAIT, _RAW, _CLOSED = range(6)
+_HEAD, _LENGTH, _CHUNKED, _WAIT, _RAW, _CLOSED, _UNREAD = range(7)
 _MAX_WAITING = 64 << 10
 _NO_BODY = frozenset({204, 304})
 
@@ -54,7 +54,7 @@ class H1Down:
         state = self._state
         if state == _HEAD:
             self._parse(self._buffer + bytes(data) if self._buffer else bytes(data))
-        elif state == _WAIT:
+        elif state in {_WAIT, _UNREAD}:
             self._buffer += bytes(data)
             if len(self._buffer) > _MAX_WAITING:
                 self._transport.pause()
@@ -117,8 +117,10 @@ class H1Down:
             reader = self._chunks
             assert reader is not None  # noqa: S101 - set with the state
             views, used = reader.feed(data)
-            for view in views:
-                exchange.on_request_data(view)
+            if views:
+                # Very many small chunks are one piece: else each would be a frame of its own.
+                whole = views[0] if len(views) == 1 else memoryview(b"".join(views))
+                exchange.on_request_data(whole)
             done = reader.is_done
             trailers = reader.trailers
         if done and self._state in {_LENGTH, _CHUNKED}:
@@ -130,6 +132,8 @@ class H1Down:
         """The caller sends no more; it may still wait for a response."""
         if self._state == _WAIT:
             self._close_after = True
+        elif self._state == _UNREAD:
+            self._end(abort=False)
         elif self._state == _RAW and self._exchange is not None:
             self._exchange.on_request_end(())
             if self._exchange is not None and self._exchange.is_response_done:
@@ -145,6 +149,8 @@ class H1Down:
         """The caller takes bytes again."""
         if self._exchange is not None:
             self._exchange.on_down_room()
+        elif self._state == _UNREAD:
+            self._await_next()
 
     # ---- Downstream
 
@@ -210,8 +216,14 @@ class H1Down:
         if self._close_after or self._state != _WAIT:
             self._end(abort=False)
             return
-        self._state = _HEAD
         self._head = None
+        if self._transport.is_blocked:
+            self._state = _UNREAD  # whoever does not read answers gets no more of them
+        else:
+            self._await_next()
+
+    def _await_next(self) -> None:
+        self._state = _HEAD
         self._transport.unpause()
         if self._buffer:
             # Not from within the response's callbacks: pipelined requests would pile up the stack.
@@ -240,7 +252,7 @@ class H1Down:
     def drain(self) -> None:
         """No further request after this one; an idle connection ends now."""
         self._close_after = True
-        if self._state == _HEAD and not self._buffer:
+        if self._state in {_HEAD, _UNREAD} and not self._buffer:
             self._end(abort=False)
 
     def _refuse(self, error: RemoteProtocolError) -> None:

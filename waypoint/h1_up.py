@@ -162,8 +162,9 @@ class H1Up:
         reader = self._chunks
         assert reader is not None  # noqa: S101 - set with the state
         views, used = reader.feed(data)
-        for view in views:
-            owner.on_response_data(view)
+        if views:
+            whole = views[0] if len(views) == 1 else memoryview(b"".join(views))
+            owner.on_response_data(whole)
             if self._state != _CHUNKED:
                 return
         if reader.is_done:

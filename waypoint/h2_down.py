@@ -31,7 +31,8 @@ class H2Down(H2Channel):
     """The connection."""
 
     def __init__(self, inbound: Inbound, transport: Transport) -> None:
-        super().__init__(inbound.proxy.reactor, transport, client=False)
+        proxy = inbound.proxy
+        super().__init__(proxy.reactor, transport, client=False, budget=proxy.windows)
         self._inbound = inbound
         inbound.connections.add(self)
         self.touch()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from mesh.http import h2_frames
 from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
+from mesh.http.receive_windows import WindowBudget
 from mesh.http.trailers import safe_trailers
 from mesh.reactor import Reactor
 from waypoint.filters.chain import Headers, Pair, Request, Response
@@ -22,9 +23,13 @@ class H2Up(H2Channel):
     """The connection."""
 
     def __init__(
-        self, reactor: Reactor, transport: Transport, on_gone: Callable[[H2Up], None]
+        self,
+        reactor: Reactor,
+        transport: Transport,
+        on_gone: Callable[[H2Up], None],
+        budget: WindowBudget | None = None,
     ) -> None:
-        super().__init__(reactor, transport, client=True)
+        super().__init__(reactor, transport, client=True, budget=budget)
         self._told = on_gone
         self.idle_since = 0.0
 

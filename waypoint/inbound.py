@@ -132,6 +132,7 @@ class Inbounds:
                 proxy.contexts.server(certificate),
                 verify=lambda leaf: verify_client_peer(leaf, proxy.config.trust_domain),
                 on_tunnel=self._on_tunnel,
+                budget=proxy.windows,
             )
         except (MeshError, OSError) as exc:
             sock.close()

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from mesh.hbone.head import Baggage
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.workload import NetworkAddress, Workload
 from mesh.reactor import Reactor
@@ -48,6 +49,8 @@ class Proxy:
         self.rng = random.Random()  # noqa: S311
         self.version = 0
         self.is_draining = False
+        # What peers may send before we take it, of all connections together.
+        self.windows = WindowBudget(config.window_budget_bytes)
         self._nursery = nursery
         self._later: list[Callable[[], None]] = []
         self.timers = Timers()

@@ -16,7 +16,8 @@ class Stream:
 
     `starved` is set by the shell when it stopped sending for want of stream window; the
     core clears it and calls `on_stream_room`. Of the window that the peer may use,
-    `granted` bytes are beyond the first one; `lagged` says that the reader did not keep up.
+    `granted` bytes are beyond the first one; `lagged` says that the reader did not keep up, `held`
+    how much of the connection's window is not consumed yet (with `holds_connection`).
     """
 
     __slots__ = (
@@ -24,6 +25,7 @@ class Stream:
         "closed",
         "credit_step",
         "granted",
+        "held",
         "id",
         "lagged",
         "local_ended",
@@ -42,6 +44,7 @@ class Stream:
         self.receive_window = receive_window
         self.credit_step = max(1, receive_window // 2)
         self.granted = 0
+        self.held = 0
         self.lagged = False
         self.uncredited = 0
         self.answered = False
