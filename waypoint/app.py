@@ -94,6 +94,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
                 start(task)
             start(metrics.watch_loop_lag, registry)
             start(proxy.upstreams.sweep, config.idle_seconds)
+            start(inbounds.watch)
             has_state = trio.Event()
             start(_run_xds, proxy, xds, metrics.XdsMetrics(registry), has_state)
             doors = trio.CancelScope()

@@ -7,13 +7,14 @@ complete before its body was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h1
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Pair, Response
+from waypoint.idle import Expirable, Kind, Mark
 from waypoint.streams import Chunk
 from waypoint.timers import Timer
 from waypoint.transport import Transport
@@ -255,8 +256,9 @@ class H1Down:
         if self._state in {_HEAD, _UNREAD} and not self._buffer:
             self._end(abort=False)
 
-    def _refuse(self, error: RemoteProtocolError) -> None:
-        self._inbound.refused(error)
+    def _refuse(self, error: RemoteProtocolError, *, is_recorded: bool = False) -> None:
+        if not is_recorded:
+            self._inbound.refused(error)
         text = b"connection: close\r\ncontent-length: 0\r\n"
         self._transport.write(h1.encode_response(error.http_status, (), text))
         self._end(abort=False)
@@ -264,11 +266,37 @@ class H1Down:
     def _bad_body(self, error: RemoteProtocolError) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
+            if not self._started:
+                exchange.status = error.http_status
             exchange.on_down_lost(str(error), flag="DPE")
         if self._started:
             self._end(abort=True)
         else:
-            self._refuse(error)
+            self._refuse(error, is_recorded=exchange is not None)
+
+    def marks(self) -> Iterable[tuple[Expirable, Mark]]:
+        """What the caller keeps us waiting for."""
+        exchange = self._exchange
+        if self._transport.is_blocked:
+            sent = exchange.bytes_out if exchange is not None else 0
+            yield self, Mark("unread", sent - self._transport.backlog)
+        elif exchange is None:
+            if self._state == _HEAD and not self._buffer:
+                yield self, Mark("idle")
+        elif self._state in {_LENGTH, _CHUNKED} and not self._started:
+            yield self, Mark("body", exchange.bytes_in)
+
+    def expire(self, kind: Kind) -> None:
+        """It has waited too long."""
+        if kind == "body":
+            self._bad_body(RemoteProtocolError("the body came too slowly", http_status=408))
+        elif kind == "unread":
+            exchange, self._exchange = self._exchange, None
+            self._end(abort=True)
+            if exchange is not None:
+                exchange.on_down_lost("the caller does not read the response", flag="DC")
+        else:
+            self._end(abort=False)
 
     def _too_slow(self) -> None:
         if self._state == _HEAD:

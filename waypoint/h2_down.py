@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.errors import RemoteProtocolError
@@ -15,6 +15,7 @@ from mesh.http.trailers import safe_trailers
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Pair, Response
 from waypoint.h2 import H2Channel, H2Stream
+from waypoint.idle import Expirable, Kind, Mark
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -66,6 +67,23 @@ class H2Down(H2Channel):
         if not self.is_closed:
             self.core.goaway()
             self.touch()
+
+    def marks(self) -> Iterable[tuple[Expirable, Mark]]:
+        """What the caller keeps us waiting for."""
+        if self.core.is_amid_head:
+            yield self, Mark("head")
+        elif not self.core.streams:
+            yield self, Mark("idle")
+        for stream in self.core.streams.values():
+            owner: _DownStream | None = stream.owner
+            if owner is not None and (mark := owner.mark()) is not None:
+                yield owner, mark
+
+    def expire(self, kind: Kind) -> None:
+        """It has waited too long."""
+        self.core.goaway(h2_frames.NO_ERROR if kind == "idle" else h2_frames.ENHANCE_YOUR_CALM)
+        self.flush()
+        self.end("idle" if kind == "idle" else "a head came too slowly", abort=False)
 
     def after_flush(self) -> None:
         """After our GOAWAY the last stream ends the connection."""
@@ -137,6 +155,23 @@ class _DownStream(H2Stream):
             exchange.on_request_data(memoryview(early))
         if self._has_ended and not ends:
             exchange.on_request_end(self.trailers)
+
+    def mark(self) -> Mark | None:
+        """What the caller keeps us waiting for on this stream."""
+        exchange, stream = self.exchange, self.stream
+        if exchange is None or stream is None:
+            return None
+        if self.is_blocked:
+            return Mark("unread", stream.send_window + exchange.bytes_out)
+        if not self._has_ended and not stream.answered and not exchange.request.is_grpc:
+            return Mark("body", self.received)
+        return None
+
+    def expire(self, kind: Kind) -> None:
+        """It has waited too long."""
+        late = "the body came too slowly"
+        self.reset(h2_frames.CANCEL)
+        self.on_cut(late if kind == "body" else "the caller does not read", is_refused=False)
 
     def on_body(self, data: memoryview) -> None:
         """Payload."""

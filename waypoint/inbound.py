@@ -11,7 +11,10 @@ from __future__ import annotations
 import functools
 import random
 import socket
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
+
+import trio
 
 from mesh import sockets
 from mesh.errors import MeshError, Refusal, RemoteProtocolError
@@ -25,6 +28,7 @@ from mesh.tls.context import verify_client_peer
 from waypoint.detect import Speech, server_name, sniff
 from waypoint.h1_down import H1Down
 from waypoint.h2_down import H2Down
+from waypoint.idle import IdleWatch, Kind, Watched
 from waypoint.pipe import serve_opaque
 from waypoint.target import Own, Target, plan_tunnel
 from waypoint.timers import Timer
@@ -39,7 +43,11 @@ _HTTP = frozenset({AppProtocol.HTTP11, AppProtocol.HTTP2, AppProtocol.GRPC})
 _ROUTED = frozenset({"HTTPRoute", "GRPCRoute"})
 
 
-class Drainable(Protocol):
+HANDSHAKES_PER_SOURCE = 64
+"""One peer cannot keep others out by handshakes that it never ends."""
+
+
+class Drainable(Watched, Protocol):
     """A caller's connection."""
 
     def drain(self) -> None:
@@ -115,6 +123,12 @@ class Inbounds:
         )
         self._connections: set[TunnelConnection] = set()
         self._inbounds: set[Inbound] = set()
+        self._handshakes: Counter[str] = Counter()
+        body, idle = config.stream_idle_seconds, config.connection_idle_seconds
+        head = config.head_timeout_seconds
+        limits: dict[Kind, float] = {"body": body, "unread": body, "head": head, "idle": idle}
+        self._idle_watch = IdleWatch(limits)
+        self._idle_step = max(0.05, min(5.0, *(each / 4 for each in limits.values())))
 
     @property
     def tunnel_count(self) -> int:
@@ -124,6 +138,16 @@ class Inbounds:
     async def serve(self, sock: socket.socket) -> None:
         """Serve one connection until it ends. If cancelled: its tunnels are cut."""
         proxy = self._proxy
+        try:
+            source = str(sock.getpeername()[0])
+        except OSError:
+            sock.close()
+            return
+        if self._handshakes[source] >= HANDSHAKES_PER_SOURCE:
+            sock.close()
+            _log.info("tunnel_connection_failed", error=f"{source} has too many handshakes open")
+            return
+        self._handshakes[source] += 1
         try:
             certificate = await proxy.secrets.get(proxy.identity)
             connection = await TunnelConnection.accept(
@@ -138,6 +162,10 @@ class Inbounds:
             sock.close()
             _log.info("tunnel_connection_failed", error=str(exc))
             return
+        finally:
+            self._handshakes[source] -= 1
+            if not self._handshakes[source]:
+                del self._handshakes[source]
         self._connections.add(connection)
         if proxy.is_draining:
             connection.goaway()
@@ -168,6 +196,13 @@ class Inbounds:
             await tunnel.wait_closed()
         finally:
             self._inbounds.discard(inbound)
+
+    async def watch(self) -> None:
+        """End what callers keep open without going on, for ever. If cancelled: they may."""
+        while True:
+            await trio.sleep(self._idle_step)
+            found = [each for inbound in self._inbounds for each in inbound.connections]
+            self._idle_watch.sweep(found, trio.current_time())
 
     def drain(self) -> None:
         """No more tunnels, no more requests on those there are."""

@@ -103,6 +103,11 @@ class H2Core:
         self._uncredited += count
         self._credit_connection()
 
+    @property
+    def is_amid_head(self) -> bool:
+        """Whether a header block has begun and not ended."""
+        return self._reader.is_amid_head
+
     # ---- what the reader finds
 
     def data_started(self, stream_id: int, length: int) -> Stream | None:

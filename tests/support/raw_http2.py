@@ -55,6 +55,7 @@ class RawPeer:
         self.stream = stream
         self.heard = Heard()
         self.is_gone = False
+        self.acknowledges = True
         self._turn = trio.Lock()
         self._data = bytearray()
         self._decoder = BlockDecoder(1 << 20)
@@ -100,7 +101,7 @@ class RawPeer:
             heard.resets[stream_id] = int.from_bytes(payload, "big")
         elif kind == h2.GOAWAY:
             heard.goaway = struct.unpack_from(">I", payload, 4)[0]
-        elif kind == h2.SETTINGS and not flags & h2.ACK:
+        elif kind == h2.SETTINGS and not flags & h2.ACK and self.acknowledges:
             await self.send(h2.pack_frame(h2.SETTINGS, h2.ACK, 0))
         if kind in {h2.HEADERS, h2.DATA} and flags & h2.END_STREAM:
             heard.ended.add(stream_id)
