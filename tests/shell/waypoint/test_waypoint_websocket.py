@@ -20,9 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 _KEY = base64.b64encode(b"0123456789abcdef")
-_ACCEPT = base64.b64encode(
-    hashlib.sha1(_KEY + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-)
+_ACCEPT = base64.b64encode(hashlib.sha1(_KEY + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
 ASK = (
     b"GET /chat HTTP/1.1\r\nhost: web\r\nconnection: keep-alive, Upgrade\r\nupgrade: WebSocket\r\n"
     b"sec-websocket-version: 13\r\nsec-websocket-key: " + _KEY + b"\r\n\r\n"
