@@ -191,7 +191,7 @@ class H1Down:
                     extra = b"transfer-encoding: chunked\r\n"
             elif status not in _NO_BODY and head.method != b"HEAD":
                 extra = b"content-length: 0\r\n"
-        if self._state in {_LENGTH, _CHUNKED} and ends:
+        if self._state in {_LENGTH, _CHUNKED} and (ends or status >= 400):
             self._close_after = True
         if self._close_after:
             extra += b"connection: close\r\n"

@@ -20,6 +20,12 @@ from mesh.identity import SpiffeId
 
 Pair = tuple[bytes, bytes]
 
+FRAMING = frozenset(
+    {b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"proxy-connection",
+     b"te", b"upgrade", b"host"}
+)  # fmt: skip
+"""Names that configuration never sets: they say where a message ends, or who is asked for it."""
+
 
 class Headers:
     """Header fields in order. `pairs` may be read; change through the methods."""

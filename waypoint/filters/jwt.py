@@ -23,7 +23,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
 from mesh.model.l7_policy import JwtRule, RequestAuthentication, TokenPlace
-from waypoint.filters.chain import PassingFilter, Request, Respond, Verdict, Wait
+from waypoint.filters.chain import FRAMING, PassingFilter, Request, Respond, Verdict, Wait
 
 ALGORITHMS: Final = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -38,6 +38,7 @@ _DEFAULT_PLACES: Final = (
     TokenPlace("header", "authorization", "Bearer "),
     TokenPlace("param", "access_token"),
 )
+_NEVER_FILLED: Final = FRAMING | {b""}
 _ALWAYS_SPLIT: Final = ("scope", "permission")
 
 
@@ -102,7 +103,7 @@ class Jwt(PassingFilter):
                 name.lower().encode()
                 for each in self._rules
                 for name in (each.rule.payload_header, *(h for h, _ in each.rule.claim_headers))
-                if name
+                if name.lower().encode() not in _NEVER_FILLED
             )
         )
 
@@ -196,12 +197,12 @@ class Jwt(PassingFilter):
             for place in rule.places or _DEFAULT_PLACES:
                 if place is token.place or _texts(request, place):
                     _remove(request, place)
-        if rule.payload_header:
+        if rule.payload_header.lower().encode() not in _NEVER_FILLED:
             payload = token.text.split(".")[1].encode()
             request.headers.set(rule.payload_header.lower().encode(), payload)
         for header, claim in rule.claim_headers:
             value = _look_up(token.claims, claim)
-            if value is not None:
+            if value is not None and header.lower().encode() not in _NEVER_FILLED:
                 request.headers.set(header.lower().encode(), value)
 
     def _refuse(self, reason: str) -> Respond:
