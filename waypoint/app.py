@@ -83,6 +83,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             journal = Journal(access, HttpMetrics(registry))
             proxy = Proxy(config, store, reactor, secrets, journal, nursery)
             inbounds = Inbounds(proxy)
+            proxy.on_change = inbounds.rejudge
             start = nursery.start_soon
             pages = (
                 (config.readiness_address, readiness_app(readiness)),

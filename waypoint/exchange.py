@@ -432,8 +432,10 @@ class Exchange:
         self._up = None
         if self._done:
             return
-        if self._endpoint is not None:
-            self._endpoint.failed()
+        endpoint = self._endpoint
+        # Who asks an endpoint of HTTP/1.1 for gRPC does not make it unfit for others.
+        if endpoint is not None and (endpoint.is_http2 or not self.request.is_grpc):
+            endpoint.failed()
         if self._started:
             self.flag, self.reason = "UC", reason
             self._cut()

@@ -55,6 +55,14 @@ class Drainable(Watched, Protocol):
         ...
 
 
+class Judged(Protocol):
+    """A connection that policy let pass."""
+
+    def rejudge(self) -> None:
+        """Cut it if policy would not any more."""
+        ...
+
+
 class Inbound:
     """One tunnel: who calls, and what. Requests inside it share these facts."""
 
@@ -71,6 +79,7 @@ class Inbound:
         self.service_key = target.key
         self.active = 0
         self.connections: set[Drainable] = set()
+        self.pipes: set[Judged] = set()
         self._traffic: Traffic | None = None
         self._version = -1
 
@@ -197,6 +206,12 @@ class Inbounds:
         finally:
             self._inbounds.discard(inbound)
 
+    def rejudge(self) -> None:
+        """Policies, or what they name, may have changed: open connections are judged again."""
+        for inbound in self._inbounds:
+            for each in list(inbound.pipes):
+                each.rejudge()
+
     async def watch(self) -> None:
         """End what callers keep open without going on, for ever. If cancelled: they may."""
         while True:
@@ -253,6 +268,9 @@ class _Sniffer:
             return  # a TLSRoute goes by a name that has not come yet
         if speech is not Speech.NEED_DATA:
             self._become(speech)
+        elif self._timer is None:
+            proxy = self._inbound.proxy
+            self._timer = proxy.timers.after(proxy.config.head_timeout_seconds, self._give_up)
 
     def _become(self, speech: Speech) -> None:
         if self._timer is not None:
@@ -269,7 +287,8 @@ class _Sniffer:
 
     def _give_up(self) -> None:
         if not self._transport.is_closed and self._transport.codec is self:
-            self._become(Speech.OPAQUE)
+            # Half a preface of HTTP/2 is answered by the parser of HTTP/1.1: it never ends.
+            self._become(Speech.HTTP1 if self._is_http else Speech.OPAQUE)
 
     def on_end(self) -> None:
         """It ended before it was understood."""

@@ -13,6 +13,7 @@ from mesh.errors import MeshError, Refusal
 from waypoint.detect import server_name
 from waypoint.filters.chain import Request
 from waypoint.judge_connection import judge_connection
+from waypoint.traffic import Traffic
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class _Pipe:
         self.up: _End | None = None
         self.is_done = False
         self.started = inbound.proxy.now()
+        self._judged_by: Traffic | None = None
+        inbound.pipes.add(self)
 
     def join(self, transport: Transport) -> _End:
         self.up = _End(self, transport)
@@ -77,6 +80,7 @@ class _Pipe:
         if self.is_done:
             return
         self.is_done = True
+        self.inbound.pipes.discard(self)
         for end in (self.down, self.up):
             if end is None:
                 continue
@@ -88,6 +92,19 @@ class _Pipe:
         self.inbound.proxy.journal.connection(
             self.inbound, flag, reason, self.down.count, sent, self.started
         )
+
+    def rejudge(self) -> None:
+        """Policy may have changed since: what would be refused now is cut."""
+        traffic = self.inbound.traffic()
+        if not self.is_done and traffic is not self._judged_by:
+            refusal = self._judge(traffic)
+            if refusal is not None:
+                self.finish(refusal.flag, f"policy changed: {refusal.reason}")
+
+    def _judge(self, traffic: Traffic) -> Refusal | None:
+        self._judged_by = traffic
+        protocol = self.inbound.target.protocol
+        return judge_connection(traffic.filters, self._facts(), protocol)
 
     def _facts(self) -> Request:
         """What policy may know of a connection."""
@@ -104,7 +121,7 @@ class _Pipe:
         inbound = self.inbound
         proxy = inbound.proxy
         traffic = inbound.traffic()
-        refusal = judge_connection(traffic.filters, self._facts(), inbound.target.protocol)
+        refusal = self._judge(traffic)
         if refusal is not None:
             self.finish(refusal.flag, refusal.reason)
             return

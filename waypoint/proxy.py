@@ -48,6 +48,7 @@ class Proxy:
         # Spreads load and names traces; nothing secret depends on it.
         self.rng = random.Random()  # noqa: S311
         self.version = 0
+        self.on_change: Callable[[], None] = lambda: None
         self.is_draining = False
         # What peers may send before we take it, of all connections together.
         self.windows = WindowBudget(config.window_budget_bytes)
@@ -66,6 +67,7 @@ class Proxy:
     def changed(self) -> None:
         """The Store changed: nothing derived from it holds any more."""
         self.version += 1
+        self.on_change()
 
     def own_workload(self) -> Workload:
         """Ourselves as the control plane knows us, else as far as we know."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 
@@ -10,7 +11,13 @@ import trio
 
 from mesh.http import h2_frames as h2
 from mesh.http.hpack_table import Pair
-from mesh.model.l7_policy import L7Authorization, L7Operation, L7Rule, L7Source
+from mesh.model.l7_policy import (
+    L7Authorization,
+    L7Operation,
+    L7Rule,
+    L7Source,
+    TrafficConfig,
+)
 from mesh.model.service import AppProtocol
 from tests.support.raw_http2 import GET, HELLO, RawPeer, get, head
 from tests.support.waypoints import (
@@ -272,3 +279,28 @@ async def test_policy_holds_for_connections_that_are_not_http() -> None:
         # What does not look like HTTP to us may to the endpoint: paths cannot be judged there.
         for hello in (b"\r\nGET /admin HTTP/1.1\r\n\r\n", b"\x01\n", b"get /admin\n"):
             assert await _is_refused(mesh, "10.96.0.2:80", hello)
+
+
+async def test_open_connections_are_cut_when_policy_refuses_them_at_last() -> None:
+    async def chat(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            async with stream:
+                while piece := await stream.receive_some(100):
+                    await stream.send_all(piece)
+
+    def allowing(account: str) -> TrafficConfig:
+        rule = L7Rule(sources=(L7Source(service_accounts=(account,)),))
+        return traffic("db", authorizations=(L7Authorization("shop", "a", "ALLOW", (rule,)),))
+
+    async with (
+        running_app("db-1", key("db"), serve=chat) as app,
+        running_waypoint(
+            [service("db", 1, protocol=AppProtocol.TCP), app.workload, allowing("shop/cart")]
+        ) as mesh,
+    ):
+        stream = await mesh.open("10.96.0.1:80")
+        await stream.send_all(b"one\n")
+        assert await settle(stream, b"\n") == b"one\n"
+        await mesh.control_plane.push(allowing("shop/other"))
+        with pytest.raises(trio.BrokenResourceError):
+            assert await settle(stream, b"never") == b""
