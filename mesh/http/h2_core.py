@@ -392,7 +392,8 @@ class H2Core:
         """Send a response, or trailers. Nothing happens on a closed stream."""
         if stream.closed or stream.local_ended:
             return
-        stream.answered = True
+        if not self._client:  # a client's are the trailers of its request
+            stream.answered = True
         self._write_headers(stream, block, end_stream=end_stream)
 
     def _write_headers(self, stream: Stream, block: bytes, *, end_stream: bool) -> None:
