@@ -30,9 +30,9 @@ _NO_BODY = frozenset({204, 304})
 class H1Down:
     """A `Codec` of the caller's transport and the `Downstream` of each of its exchanges."""
 
-    __slots__ = ("_buffer", "_chunks", "_close_after", "_exchange", "_head", "_inbound",
-                 "_is_chunking", "_left", "_needs_more", "_response_done", "_started", "_state",
-                 "_timer", "_transport")  # fmt: skip
+    __slots__ = ("_buffer", "_chunks", "_close_after", "_exchange", "_has_left", "_head",
+                 "_inbound", "_is_chunking", "_left", "_needs_more", "_response_done", "_started",
+                 "_state", "_timer", "_transport")  # fmt: skip
 
     def __init__(self, inbound: Inbound, transport: Transport) -> None:
         self._inbound = inbound
@@ -43,7 +43,7 @@ class H1Down:
         self._chunks: h1.ChunkReader | None = None
         self._left = 0
         self._exchange: Exchange | None = None
-        self._is_chunking = self._close_after = False
+        self._is_chunking = self._close_after = self._has_left = False
         self._started = self._response_done = False
         self._timer: Timer | None = None
         inbound.connections.add(self)
@@ -132,7 +132,7 @@ class H1Down:
     def on_end(self) -> None:
         """The caller sends no more; it may still wait for a response."""
         if self._state == _WAIT:
-            self._close_after = True
+            self._close_after = self._has_left = True
         elif self._state == _UNREAD:
             self._end(abort=False)
         elif self._state == _RAW and self._exchange is not None:
@@ -283,6 +283,8 @@ class H1Down:
         elif exchange is None:
             if self._state == _HEAD and not self._buffer:
                 yield self, Mark("idle")
+        elif self._has_left:
+            yield self, Mark("left", exchange.bytes_out)
         elif self._state in {_LENGTH, _CHUNKED} and not self._started:
             yield self, Mark("body", exchange.bytes_in)
 
@@ -290,11 +292,13 @@ class H1Down:
         """It has waited too long."""
         if kind == "body":
             self._bad_body(RemoteProtocolError("the body came too slowly", http_status=408))
-        elif kind == "unread":
+        elif kind in {"unread", "left"}:
             exchange, self._exchange = self._exchange, None
             self._end(abort=True)
             if exchange is not None:
-                exchange.on_down_lost("the caller does not read the response", flag="DC")
+                late = "the caller closed its side, the endpoint says nothing"
+                reason = late if kind == "left" else "the caller does not read the response"
+                exchange.on_down_lost(reason, flag="DC")
         else:
             self._end(abort=False)
 

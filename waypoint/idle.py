@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Kind = Literal["body", "unread", "head", "idle"]
-"""A request's body that does not come, an answer that is not read, a head in parts, no request."""
+Kind = Literal["body", "unread", "left", "head", "idle"]
+"""A request's body that does not come, an answer that is not read, one for a caller that has closed
+its side and perhaps left, a head in parts, no request.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,9 @@ class Inbounds:
         self._handshakes: Counter[str] = Counter()
         body, idle = config.stream_idle_seconds, config.connection_idle_seconds
         head = config.head_timeout_seconds
-        limits: dict[Kind, float] = {"body": body, "unread": body, "head": head, "idle": idle}
+        limits: dict[Kind, float] = {
+            "body": body, "unread": body, "left": body, "head": head, "idle": idle,
+        }  # fmt: skip
         self._idle_watch = IdleWatch(limits)
         self._idle_step = max(0.05, min(5.0, *(each / 4 for each in limits.values())))
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from mesh.hbone.connection import TunnelConnection
 from mesh.http import h2_frames as h2
 from mesh.model.route import Redirect, Route, RouteFilter, RouteRule
 from tests.support.raw_http2 import GET, HELLO, RawPeer, get, head
 from tests.support.waypoints import (
+    Mesh,
     fetch,
     key,
     running_app,
@@ -29,10 +31,28 @@ PEOPLE = {"stream_idle_seconds": 0.4, "head_timeout_seconds": 0.4, "connection_i
 POST = ((b":method", b"POST"), *GET[1:])
 
 
+async def silent(mesh: Mesh, connection: TunnelConnection) -> trio.SocketStream:
+    """A caller of an endpoint that never answers, with its side closed."""
+    stream = await mesh.open("10.96.0.2:80", connection)
+    await stream.send_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    await stream.send_eof()
+    return stream
+
+
+async def never(stream: trio.SocketStream) -> None:
+    """Answers nothing."""
+    with contextlib.suppress(trio.BrokenResourceError):
+        while await stream.receive_some(65536):
+            pass
+
+
 async def test_heads_and_bodies_that_never_end_are_given_up() -> None:
     async with (
         running_app("web-1", key("web")) as app,
-        running_waypoint([service("web", 1), app.workload], **PEOPLE) as mesh,
+        running_app("mute-1", key("mute"), serve=never) as mute,
+        running_waypoint(
+            [service("web", 1), service("mute", 2), app.workload, mute.workload], **PEOPLE
+        ) as mesh,
     ):
         connection = await mesh.connect()
         for begun, status in (
@@ -44,6 +64,10 @@ async def test_heads_and_bodies_that_never_end_are_given_up() -> None:
             stream = await mesh.open("10.96.0.1:80", connection)
             await stream.send_all(begun)
             assert (await settle(stream, b"never")).startswith(b"HTTP/1.1 " + status), begun
+        # Who has closed its side, and waits for an endpoint that says nothing.
+        stream = await silent(mesh, connection)
+        with pytest.raises(trio.BrokenResourceError):
+            await settle(stream, b"never")
         # HTTP/2: a block without end costs the connection, a body only its stream.
         peer = RawPeer(await mesh.open("10.96.0.1:80", connection))
         peer.acknowledges = False  # nothing may come between the parts of a head

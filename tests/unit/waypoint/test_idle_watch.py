@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from waypoint.idle import Expirable, IdleWatch, Kind, Mark
 
+KINDS: tuple[Kind, ...] = ("body", "unread", "left", "head", "idle")
+
 
 class Connection:
     def __init__(self, *marks: Mark) -> None:
@@ -21,19 +23,19 @@ class Connection:
 
 
 def watch() -> IdleWatch:
-    return IdleWatch({"body": 10.0, "unread": 10.0, "head": 2.0, "idle": 100.0})
+    return IdleWatch({"body": 10.0, "unread": 10.0, "left": 10.0, "head": 2.0, "idle": 100.0})
 
 
 def test_each_kind_has_its_time() -> None:
-    watched = {kind: Connection(Mark(kind)) for kind in ("body", "unread", "head", "idle")}
-    made, ended = watch(), {}
+    watched = {kind: Connection(Mark(kind)) for kind in KINDS}
+    made, ended = watch(), dict[Kind, int]()
     for now in range(0, 130, 1):
         made.sweep(watched.values(), float(now))
         for kind, each in watched.items():
             if each.expired:
                 ended.setdefault(kind, now)
-    assert ended == {"head": 2, "body": 10, "unread": 10, "idle": 100}
-    assert [len(each.expired) for each in watched.values()] == [1, 1, 1, 1]
+    assert ended == {"head": 2, "body": 10, "unread": 10, "left": 10, "idle": 100}
+    assert [len(each.expired) for each in watched.values()] == [1] * 5
 
 
 def test_progress_and_another_kind_begin_anew() -> None:
