@@ -16,7 +16,7 @@ from tests.support.waypoints import fetch, key, running_app, running_waypoint, s
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
-ROUNDS = 100
+ROUNDS = 300
 REQUESTS = [
     b"GET / HTTP/1.1\r\nhost: a\r\n\r\n",
     b"POST /a HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello",
@@ -98,7 +98,7 @@ async def test_nonsense_from_both_sides(monkeypatch: pytest.MonkeyPatch) -> None
         running_app("two-1", key("two"), serve=fuzz.serve_http2) as two,
         running_waypoint(
             [service("one", 1), service("two", 2, protocol=AppProtocol.HTTP2),
-             one.workload, two.workload]
+             one.workload, two.workload], stream_idle_seconds=0.3
         ) as mesh,
     ):  # fmt: skip
         connection = await mesh.connect()
