@@ -85,6 +85,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             journal = Journal(access, HttpMetrics(registry), audit)
             proxy = Proxy(config, store, reactor, secrets, journal, nursery)
             inbounds = Inbounds(proxy)
+            proxy.on_change = inbounds.rejudge
             start = nursery.start_soon
             pages = (
                 (config.readiness_address, readiness_app(readiness)),
@@ -98,6 +99,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
                 start(audit.run)
             start(metrics.watch_loop_lag, registry)
             start(proxy.upstreams.sweep, config.idle_seconds)
+            start(inbounds.watch)
             has_state = trio.Event()
             start(_run_xds, proxy, xds, metrics.XdsMetrics(registry), has_state)
             doors = trio.CancelScope()

@@ -73,6 +73,16 @@ class WaypointConfig:
     head_timeout_seconds: float = setting(
         env="REQUEST_HEADERS_TIMEOUT", default=10.0, doc="Within which a request's head must come."
     )
+    stream_idle_seconds: float = setting(
+        env="STREAM_IDLE_TIMEOUT",
+        default=300.0,
+        doc="After how long a request ends whose body does not come, or whose answer is not read.",
+    )
+    connection_idle_seconds: float = setting(
+        env="CONNECTION_IDLE_TIMEOUT",
+        default=3600.0,
+        doc="After how long a caller's connection without requests is closed.",
+    )
     detection_timeout_seconds: float = setting(
         env="PROTOCOL_DETECTION_TIMEOUT",
         default=0.1,
@@ -85,6 +95,11 @@ class WaypointConfig:
     )
     pool_max_streams: int = setting(
         env="POOL_MAX_STREAMS_PER_CONNECTION", default=100, doc="Tunnels on one connection."
+    )
+    window_budget_bytes: int = setting(
+        env="RECEIVE_WINDOW_BUDGET",
+        default=64 << 20,
+        doc="Receive window for all connections together, in bytes, beyond each one's first.",
     )
     redaction_keys: Path = setting(
         env="REDACTION_KEYS",

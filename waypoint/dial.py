@@ -96,6 +96,7 @@ class Dialler:
             proxy.contexts.client(certificate),
             verify=lambda leaf: verify_server_peer(leaf, key.expected),
             connect_timeout=proxy.config.connect_timeout_seconds,
+            budget=proxy.windows,
         )
 
 

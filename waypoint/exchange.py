@@ -125,14 +125,14 @@ class Exchange:
             query=query or b"", headers=Headers(pairs), source=inbound.source,
             source_ip=inbound.source_ip, remote_ip=inbound.source_ip,
             destination_ip=inbound.destination_ip, destination_port=inbound.port,
-            service=inbound.service_key, now=now,
+            service=inbound.service_key, now=now, upgrade=self.upgrade,
         )  # fmt: skip
         if normal is None:
             self._answer(Respond(400, reason="the path cannot be normalized", flag="DPE"))
             return
         for name, value in pairs:
             if name == b"content-type":
-                request.is_grpc = value.startswith(b"application/grpc")
+                request.is_grpc = heads.is_grpc(value)
         plan = traffic.routes.plan(request, inbound.source_namespace, inbound.rng)
         request.route, request.rule = plan.route, plan.rule
         if isinstance(plan, Forward):
@@ -459,8 +459,10 @@ class Exchange:
         self._up = None
         if self._done:
             return
-        if self._endpoint is not None:
-            self._endpoint.failed()
+        endpoint = self._endpoint
+        # Who asks an endpoint of HTTP/1.1 for gRPC does not make it unfit for others.
+        if endpoint is not None and (endpoint.is_http2 or not self.request.is_grpc):
+            endpoint.failed()
         if self._started:
             self.flag, self.reason = "UC", reason
             self._cut()

@@ -7,13 +7,14 @@ complete before its body was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h1
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Pair, Response
+from waypoint.idle import Expirable, Kind, Mark
 from waypoint.streams import Chunk
 from waypoint.timers import Timer
 from waypoint.transport import Transport
@@ -21,7 +22,7 @@ from waypoint.transport import Transport
 if TYPE_CHECKING:
     from waypoint.inbound import Inbound
 
-_HEAD, _LENGTH, _CHUNKED, _WAIT, _RAW, _CLOSED = range(6)
+_HEAD, _LENGTH, _CHUNKED, _WAIT, _RAW, _CLOSED, _UNREAD = range(7)
 _MAX_WAITING = 64 << 10
 _NO_BODY = frozenset({204, 304})
 
@@ -29,9 +30,9 @@ _NO_BODY = frozenset({204, 304})
 class H1Down:
     """A `Codec` of the caller's transport and the `Downstream` of each of its exchanges."""
 
-    __slots__ = ("_buffer", "_chunks", "_close_after", "_exchange", "_head", "_inbound",
-                 "_is_chunking", "_left", "_needs_more", "_response_done", "_started", "_state",
-                 "_timer", "_transport")  # fmt: skip
+    __slots__ = ("_buffer", "_chunks", "_close_after", "_exchange", "_has_left", "_head",
+                 "_inbound", "_is_chunking", "_left", "_needs_more", "_response_done", "_started",
+                 "_state", "_timer", "_transport")  # fmt: skip
 
     def __init__(self, inbound: Inbound, transport: Transport) -> None:
         self._inbound = inbound
@@ -42,7 +43,7 @@ class H1Down:
         self._chunks: h1.ChunkReader | None = None
         self._left = 0
         self._exchange: Exchange | None = None
-        self._is_chunking = self._close_after = False
+        self._is_chunking = self._close_after = self._has_left = False
         self._started = self._response_done = False
         self._timer: Timer | None = None
         inbound.connections.add(self)
@@ -54,7 +55,7 @@ class H1Down:
         state = self._state
         if state == _HEAD:
             self._parse(self._buffer + bytes(data) if self._buffer else bytes(data))
-        elif state == _WAIT:
+        elif state in {_WAIT, _UNREAD}:
             self._buffer += bytes(data)
             if len(self._buffer) > _MAX_WAITING:
                 self._transport.pause()
@@ -117,8 +118,10 @@ class H1Down:
             reader = self._chunks
             assert reader is not None  # noqa: S101 - set with the state
             views, used = reader.feed(data)
-            for view in views:
-                exchange.on_request_data(view)
+            if views:
+                # Very many small chunks are one piece: else each would be a frame of its own.
+                whole = views[0] if len(views) == 1 else memoryview(b"".join(views))
+                exchange.on_request_data(whole)
             done = reader.is_done
             trailers = reader.trailers
         if done and self._state in {_LENGTH, _CHUNKED}:
@@ -129,7 +132,9 @@ class H1Down:
     def on_end(self) -> None:
         """The caller sends no more; it may still wait for a response."""
         if self._state == _WAIT:
-            self._close_after = True
+            self._close_after = self._has_left = True
+        elif self._state == _UNREAD:
+            self._end(abort=False)
         elif self._state == _RAW and self._exchange is not None:
             self._exchange.on_request_end(())
             if self._exchange is not None and self._exchange.is_response_done:
@@ -145,6 +150,8 @@ class H1Down:
         """The caller takes bytes again."""
         if self._exchange is not None:
             self._exchange.on_down_room()
+        elif self._state == _UNREAD:
+            self._await_next()
 
     # ---- Downstream
 
@@ -169,6 +176,7 @@ class H1Down:
             extra = b"connection: upgrade\r\nupgrade: " + switches + b"\r\n"
             self._transport.write(h1.encode_response(101, pairs, extra))
             early, self._buffer = self._buffer, b""
+            self._transport.unpause()
             if early and self._exchange is not None:
                 self._exchange.on_request_data(memoryview(early))
             return
@@ -183,7 +191,7 @@ class H1Down:
                     extra = b"transfer-encoding: chunked\r\n"
             elif status not in _NO_BODY and head.method != b"HEAD":
                 extra = b"content-length: 0\r\n"
-        if self._state in {_LENGTH, _CHUNKED} and ends:
+        if self._state in {_LENGTH, _CHUNKED} and (ends or status >= 400):
             self._close_after = True
         if self._close_after:
             extra += b"connection: close\r\n"
@@ -209,8 +217,14 @@ class H1Down:
         if self._close_after or self._state != _WAIT:
             self._end(abort=False)
             return
-        self._state = _HEAD
         self._head = None
+        if self._transport.is_blocked:
+            self._state = _UNREAD  # whoever does not read answers gets no more of them
+        else:
+            self._await_next()
+
+    def _await_next(self) -> None:
+        self._state = _HEAD
         self._transport.unpause()
         if self._buffer:
             # Not from within the response's callbacks: pipelined requests would pile up the stack.
@@ -239,11 +253,12 @@ class H1Down:
     def drain(self) -> None:
         """No further request after this one; an idle connection ends now."""
         self._close_after = True
-        if self._state == _HEAD and not self._buffer:
+        if self._state in {_HEAD, _UNREAD} and not self._buffer:
             self._end(abort=False)
 
-    def _refuse(self, error: RemoteProtocolError) -> None:
-        self._inbound.refused(error)
+    def _refuse(self, error: RemoteProtocolError, *, is_recorded: bool = False) -> None:
+        if not is_recorded:
+            self._inbound.refused(error)
         text = b"connection: close\r\ncontent-length: 0\r\n"
         self._transport.write(h1.encode_response(error.http_status, (), text))
         self._end(abort=False)
@@ -251,11 +266,41 @@ class H1Down:
     def _bad_body(self, error: RemoteProtocolError) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
+            if not self._started:
+                exchange.status = error.http_status
             exchange.on_down_lost(str(error), flag="DPE")
         if self._started:
             self._end(abort=True)
         else:
-            self._refuse(error)
+            self._refuse(error, is_recorded=exchange is not None)
+
+    def marks(self) -> Iterable[tuple[Expirable, Mark]]:
+        """What the caller keeps us waiting for."""
+        exchange = self._exchange
+        if self._transport.is_blocked:
+            sent = exchange.bytes_out if exchange is not None else 0
+            yield self, Mark("unread", sent - self._transport.backlog)
+        elif exchange is None:
+            if self._state == _HEAD and not self._buffer:
+                yield self, Mark("idle")
+        elif self._has_left:
+            yield self, Mark("left", exchange.bytes_out)
+        elif self._state in {_LENGTH, _CHUNKED} and not self._started:
+            yield self, Mark("body", exchange.bytes_in)
+
+    def expire(self, kind: Kind) -> None:
+        """It has waited too long."""
+        if kind == "body":
+            self._bad_body(RemoteProtocolError("the body came too slowly", http_status=408))
+        elif kind in {"unread", "left"}:
+            exchange, self._exchange = self._exchange, None
+            self._end(abort=True)
+            if exchange is not None:
+                late = "the caller closed its side, the endpoint says nothing"
+                reason = late if kind == "left" else "the caller does not read the response"
+                exchange.on_down_lost(reason, flag="DC")
+        else:
+            self._end(abort=False)
 
     def _too_slow(self) -> None:
         if self._state == _HEAD:

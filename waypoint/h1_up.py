@@ -15,15 +15,16 @@ from waypoint.streams import Answered, Chunk
 from waypoint.transport import Transport
 
 _IDLE, _HEAD, _LENGTH, _CHUNKED, _UNTIL_END, _RAW, _CLOSED = range(7)
+MAX_INTERIM = 32
 _NEEDS_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
 class H1Up:
     """`take` it for an exchange, then it is the exchange's `Upstream`."""
 
-    __slots__ = ("_buffer", "_chunks", "_is_chunking", "_is_sending", "_keeps", "_left", "_method",
-                 "_on_gone", "_on_idle", "_owner", "_state", "_transport", "idle_since",
-                 "was_used")  # fmt: skip
+    __slots__ = ("_asked", "_buffer", "_chunks", "_interim", "_is_chunking", "_is_sending",
+                 "_keeps", "_left", "_method", "_on_gone", "_on_idle", "_owner", "_state",
+                 "_transport", "idle_since", "was_used")  # fmt: skip
 
     def __init__(
         self,
@@ -42,6 +43,8 @@ class H1Up:
         self._chunks: h1.ChunkReader | None = None
         self._is_chunking = self._is_sending = False
         self._keeps = False
+        self._asked = b""
+        self._interim = 0
         self.was_used = False
         self.idle_since = 0.0
 
@@ -77,6 +80,8 @@ class H1Up:
                 extra = b"transfer-encoding: chunked\r\n"
             elif request.method in _NEEDS_LENGTH:
                 extra = b"content-length: 0\r\n"
+        self._asked = upgrade
+        self._interim = 0
         if upgrade:
             extra += b"connection: upgrade\r\nupgrade: " + upgrade + b"\r\n"
         self._transport.write(
@@ -157,8 +162,9 @@ class H1Up:
         reader = self._chunks
         assert reader is not None  # noqa: S101 - set with the state
         views, used = reader.feed(data)
-        for view in views:
-            owner.on_response_data(view)
+        if views:
+            whole = views[0] if len(views) == 1 else memoryview(b"".join(views))
+            owner.on_response_data(whole)
             if self._state != _CHUNKED:
                 return
         if reader.is_done:
@@ -177,15 +183,19 @@ class H1Up:
         head, end = parsed
         rest = memoryview(block)[end:]
         if head.status < 200 and head.status != 101:
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise RemoteProtocolError("too many interim responses", http_status=502)
             owner.on_interim(head.status, head.pairs)
             return rest if self._state == _HEAD else None
         response = Response(status=head.status, headers=Headers(head.pairs))
         self._keeps = head.keeps_alive
         if head.status == 101:
+            self._check_switch(head.upgrade)
             self._state = _RAW
             self._is_sending = True
             self._is_chunking = False
-            owner.on_response(response, ends=False, switches=head.upgrade or b"unknown")
+            owner.on_response(response, ends=False, switches=head.upgrade)
             return rest if len(rest) else None
         length = head.length
         if length == 0:
@@ -206,6 +216,14 @@ class H1Up:
             self._left = length
         owner.on_response(response, ends=False)
         return rest if len(rest) and self._owner is owner else None
+
+    def _check_switch(self, protocol: bytes) -> None:
+        """Raises RemoteProtocolError unless it was asked for, by a request that is complete: what
+        comes after this is read by nobody.
+        """
+        asked = {part.strip(b" \t").lower() for part in self._asked.split(b",")} - {b""}
+        if protocol.lower() not in asked or self._is_sending:
+            raise RemoteProtocolError("an upgrade that was not asked for", http_status=502)
 
     def _complete(self, owner: Answered, trailers: Sequence[Pair]) -> None:
         self._owner = None

@@ -14,20 +14,28 @@ from mesh.errors import RemoteProtocolError
 from mesh.http import h2_frames
 from mesh.http.h2_core import H2Core, Stream
 from mesh.http.hpack_table import encode_block
+from mesh.http.receive_windows import WindowBudget
 from mesh.reactor import Reactor
 from waypoint.filters.chain import Pair
 from waypoint.streams import Chunk
 from waypoint.transport import Transport
 
-SETTINGS = h2_frames.LocalSettings(stream_window=1 << 20, connection_window=8 << 20)
+SETTINGS = h2_frames.LocalSettings(
+    stream_window=256 << 10, largest_window=1 << 20, connection_window=4 << 20,
+    holds_connection=True,
+)  # fmt: skip
+MAX_BACKLOG = 256 << 10
+"""Bytes of heads and answers that a peer has not taken, beyond which we hear nothing from it."""
 
 
 class H2Channel:
     """The connection: a `Codec` of its transport, the `Receiver` of its core."""
 
-    def __init__(self, reactor: Reactor, transport: Transport, *, client: bool) -> None:
+    def __init__(
+        self, reactor: Reactor, transport: Transport, *, client: bool, budget: WindowBudget | None
+    ) -> None:
         self.transport = transport
-        self.core = H2Core(_Facts(self), client=client, settings=SETTINGS)
+        self.core = H2Core(_Facts(self), client=client, settings=SETTINGS, budget=budget)
         self.is_closed = False
         self._reactor = reactor
         self._is_dirty = False
@@ -49,6 +57,8 @@ class H2Channel:
         if self.core.out and not self.is_closed:
             out, self.core.out = self.core.out, bytearray()
             self.transport.write(out)
+            if self.transport.backlog > MAX_BACKLOG:
+                self.transport.pause()
         self.after_flush()
 
     def after_flush(self) -> None:
@@ -82,6 +92,7 @@ class H2Channel:
 
     def on_writable(self) -> None:
         """The transport takes bytes again."""
+        self.transport.unpause()
         self.on_connection_room()
 
     def end(self, reason: str, *, abort: bool) -> None:
@@ -264,6 +275,8 @@ class H2Stream:
     def pause(self) -> None:
         """Withhold credit."""
         self._paused = True
+        if self.stream is not None:
+            self.stream.lagged = True
 
     def unpause(self) -> None:
         """Give it."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h2_frames
+from mesh.http.h1 import MAX_FIELDS, is_host
 from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
+from mesh.http.trailers import safe_trailers
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Pair, Response
 from waypoint.h2 import H2Channel, H2Stream
+from waypoint.idle import Expirable, Kind, Mark
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 # What goes into a request line must not end it, whoever reads it.
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 _PATH = re.compile(rb"/[!\"$-~]*+|\*")
-_AUTHORITY = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]\-]+")
+_SCHEMES = frozenset({b"http", b"https"})
 _PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
 
 
@@ -29,7 +32,8 @@ class H2Down(H2Channel):
     """The connection."""
 
     def __init__(self, inbound: Inbound, transport: Transport) -> None:
-        super().__init__(inbound.proxy.reactor, transport, client=False)
+        proxy = inbound.proxy
+        super().__init__(proxy.reactor, transport, client=False, budget=proxy.windows)
         self._inbound = inbound
         inbound.connections.add(self)
         self.touch()
@@ -38,7 +42,7 @@ class H2Down(H2Channel):
         """A request, or its trailers."""
         owner: _DownStream | None = stream.owner
         if owner is not None:
-            owner.trailers = pairs
+            owner.trailers = safe_trailers(pairs)
             return
         owner = stream.owner = _DownStream(self, stream)
         problem = owner.read(pairs)
@@ -63,6 +67,23 @@ class H2Down(H2Channel):
         if not self.is_closed:
             self.core.goaway()
             self.touch()
+
+    def marks(self) -> Iterable[tuple[Expirable, Mark]]:
+        """What the caller keeps us waiting for."""
+        if self.core.is_amid_head:
+            yield self, Mark("head")
+        elif not self.core.streams:
+            yield self, Mark("idle")
+        for stream in self.core.streams.values():
+            owner: _DownStream | None = stream.owner
+            if owner is not None and (mark := owner.mark()) is not None:
+                yield owner, mark
+
+    def expire(self, kind: Kind) -> None:
+        """It has waited too long."""
+        self.core.goaway(h2_frames.NO_ERROR if kind == "idle" else h2_frames.ENHANCE_YOUR_CALM)
+        self.flush()
+        self.end("idle" if kind == "idle" else "a head came too slowly", abort=False)
 
     def after_flush(self) -> None:
         """After our GOAWAY the last stream ends the connection."""
@@ -95,11 +116,15 @@ class _DownStream(H2Stream):
         hosts = [value for name, value in pairs if name == b"host"]
         authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
         method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-        if not pseudo.keys() <= _PSEUDO or b":scheme" not in pseudo or method == b"CONNECT":
+        if not pseudo.keys() <= _PSEUDO or method == b"CONNECT":
             return "pseudo-headers are missing or not served"
+        if pseudo.get(b":scheme") not in _SCHEMES:
+            return "a scheme that is not served"
         if not _METHOD.fullmatch(method) or not _PATH.fullmatch(path):
             return "a malformed method or path"
-        if not _AUTHORITY.fullmatch(authority) or any(host != authority for host in hosts):
+        if path == b"*" and method != b"OPTIONS":
+            return "a path that only OPTIONS has"
+        if not authority or not is_host(authority) or any(host != authority for host in hosts):
             return "a malformed authority, or two"
         if not self.declare(rest):
             return "a malformed content-length"
@@ -109,6 +134,8 @@ class _DownStream(H2Stream):
         if len(cookies) > 1:
             rest = [pair for pair in rest if pair[0] != b"cookie"]
             rest.append((b"cookie", b"; ".join(cookies)))
+        if len(rest) > MAX_FIELDS:
+            return "too many fields"
         self._head = (method, pseudo[b":scheme"], authority, path, rest)
         return ""
 
@@ -128,6 +155,23 @@ class _DownStream(H2Stream):
             exchange.on_request_data(memoryview(early))
         if self._has_ended and not ends:
             exchange.on_request_end(self.trailers)
+
+    def mark(self) -> Mark | None:
+        """What the caller keeps us waiting for on this stream."""
+        exchange, stream = self.exchange, self.stream
+        if exchange is None or stream is None:
+            return None
+        if self.is_blocked:
+            return Mark("unread", stream.send_window + exchange.bytes_out)
+        if not self._has_ended and not stream.answered and not exchange.request.is_grpc:
+            return Mark("body", self.received)
+        return None
+
+    def expire(self, kind: Kind) -> None:
+        """It has waited too long."""
+        late = "the body came too slowly"
+        self.reset(h2_frames.CANCEL)
+        self.on_cut(late if kind == "body" else "the caller does not read", is_refused=False)
 
     def on_body(self, data: memoryview) -> None:
         """Payload."""

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from mesh.http import h2_frames
 from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
+from mesh.http.receive_windows import WindowBudget
+from mesh.http.trailers import safe_trailers
 from mesh.reactor import Reactor
 from waypoint.filters.chain import Headers, Pair, Request, Response
+from waypoint.h1_up import MAX_INTERIM
 from waypoint.h2 import H2Channel, H2Stream
 from waypoint.streams import Answered
 from waypoint.transport import Transport
@@ -20,9 +23,13 @@ class H2Up(H2Channel):
     """The connection."""
 
     def __init__(
-        self, reactor: Reactor, transport: Transport, on_gone: Callable[[H2Up], None]
+        self,
+        reactor: Reactor,
+        transport: Transport,
+        on_gone: Callable[[H2Up], None],
+        budget: WindowBudget | None = None,
     ) -> None:
-        super().__init__(reactor, transport, client=True)
+        super().__init__(reactor, transport, client=True, budget=budget)
         self._told = on_gone
         self.idle_since = 0.0
 
@@ -63,12 +70,14 @@ class H2Up(H2Channel):
 class UpStream(H2Stream):
     """One try of a request: the `Upstream` of its exchange."""
 
-    __slots__ = ("_head", "_owner", "_trailers_in")
+    __slots__ = ("_head", "_interim", "_is_head", "_owner", "_trailers_in")
 
     def __init__(self, channel: H2Channel, owner: Answered) -> None:
         super().__init__(channel)
         self._owner: Answered | None = owner
         self._head: Response | None = None
+        self._is_head = False
+        self._interim = 0
         self._trailers_in: Sequence[Pair] = ()
 
     def send_head(self, request: Request, *, ends: bool, upgrade: bytes = b"") -> None:
@@ -81,8 +90,7 @@ class UpStream(H2Stream):
             *(pair for pair in request.headers.pairs if pair[0] not in _NOT_IN_HTTP2),
         ]  # fmt: skip
         self.stream = self.channel.core.open(encode_block(head), self, end_stream=ends)
-        if request.method == b"HEAD":
-            self.declared = -2
+        self._is_head = request.method == b"HEAD"
         self.channel.touch()
 
     def cancel(self) -> None:
@@ -96,21 +104,29 @@ class UpStream(H2Stream):
         if owner is None:
             return
         if self._head is not None:
-            self._trailers_in = pairs
+            self._trailers_in = safe_trailers(pairs)
             return
         status = int(dict(pairs)[b":status"])
         fields = [pair for pair in pairs if pair[0][:1] != b":"]
         if status < 200:
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                self.broken("too many interim responses")
+                return
+            fields = [pair for pair in fields if pair[0] != b"content-length"]
             owner.on_interim(status, fields)
             return
-        if self.declared != -2 and status not in {204, 304} and not self.declare(fields):
+        if not self.declare(fields):
             self.broken("a malformed content-length")
             return
-        self._head = Response(status=status, headers=Headers(fields))
-        has_none = self.declared in {0, -2} or status in {204, 304}
+        if status == 204:
+            fields = [pair for pair in fields if pair[0] != b"content-length"]
+        has_none = self._is_head or status in {204, 304}
         # "Trailers-Only" of gRPC: it has to stay one block.
-        is_trailers = any(name == b"grpc-status" for name, _ in fields)
-        owner.on_response(self._head, ends=has_none or is_trailers)
+        if has_none or any(name == b"grpc-status" for name, _ in fields):
+            self.declared = 0  # a body would be another response to callers of HTTP/1.1
+        self._head = Response(status=status, headers=Headers(fields))
+        owner.on_response(self._head, ends=self.declared == 0)
 
     def on_body(self, data: memoryview) -> None:
         """Payload."""

@@ -6,7 +6,7 @@ import re
 from typing import Protocol
 
 from mesh.model.route import HeaderChange, PathChange, Redirect
-from waypoint.filters.chain import Headers, Pair, Request, Respond, Response
+from waypoint.filters.chain import FRAMING, Headers, Pair, Request, Respond, Response
 
 _TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 _GRPC_OF_STATUS = {
@@ -22,6 +22,11 @@ class RandomBytes(Protocol):
     def randbytes(self, n: int) -> bytes:
         """`n` bytes."""
         ...
+
+
+def is_grpc(content_type: bytes) -> bool:
+    """Whether it is gRPC's; gRPC-Web is plain HTTP to us (its trailers are in the body)."""
+    return content_type[:16].lower() == b"application/grpc" and content_type[16:17] in b"+; \t"
 
 
 def local_response(request: Request, respond: Respond) -> Response:
@@ -69,8 +74,10 @@ def trace(headers: Headers, rng: RandomBytes) -> None:
 
 
 def change(headers: Headers, changes: HeaderChange) -> None:
-    """RequestHeaderModifier or ResponseHeaderModifier; of duplicate names the first counts."""
-    seen: set[bytes] = set()
+    """RequestHeaderModifier or ResponseHeaderModifier; of duplicate names the first counts. What
+    frames a message is not changed: another framing would be another message.
+    """
+    seen = set(FRAMING)
     for name, value in changes.set:
         key = name.lower().encode()
         if key not in seen:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import functools
 import random
 import socket
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
+
+import trio
 
 from mesh import sockets
 from mesh.errors import MeshError, Refusal, RemoteProtocolError
@@ -25,6 +28,7 @@ from mesh.tls.context import verify_client_peer
 from waypoint.detect import Speech, server_name, sniff
 from waypoint.h1_down import H1Down
 from waypoint.h2_down import H2Down
+from waypoint.idle import IdleWatch, Kind, Watched
 from waypoint.pipe import serve_opaque
 from waypoint.target import Own, Target, plan_tunnel
 from waypoint.timers import Timer
@@ -39,11 +43,23 @@ _HTTP = frozenset({AppProtocol.HTTP11, AppProtocol.HTTP2, AppProtocol.GRPC})
 _ROUTED = frozenset({"HTTPRoute", "GRPCRoute"})
 
 
-class Drainable(Protocol):
+HANDSHAKES_PER_SOURCE = 64
+"""One peer cannot keep others out by handshakes that it never ends."""
+
+
+class Drainable(Watched, Protocol):
     """A caller's connection."""
 
     def drain(self) -> None:
         """No further request; end when idle."""
+        ...
+
+
+class Judged(Protocol):
+    """A connection that policy let pass."""
+
+    def rejudge(self) -> None:
+        """Cut it if policy would not any more."""
         ...
 
 
@@ -63,6 +79,7 @@ class Inbound:
         self.service_key = target.key
         self.active = 0
         self.connections: set[Drainable] = set()
+        self.pipes: set[Judged] = set()
         self._traffic: Traffic | None = None
         self._version = -1
 
@@ -115,6 +132,14 @@ class Inbounds:
         )
         self._connections: set[TunnelConnection] = set()
         self._inbounds: set[Inbound] = set()
+        self._handshakes: Counter[str] = Counter()
+        body, idle = config.stream_idle_seconds, config.connection_idle_seconds
+        head = config.head_timeout_seconds
+        limits: dict[Kind, float] = {
+            "body": body, "unread": body, "left": body, "head": head, "idle": idle,
+        }  # fmt: skip
+        self._idle_watch = IdleWatch(limits)
+        self._idle_step = max(0.05, min(5.0, *(each / 4 for each in limits.values())))
 
     @property
     def tunnel_count(self) -> int:
@@ -125,6 +150,16 @@ class Inbounds:
         """Serve one connection until it ends. If cancelled: its tunnels are cut."""
         proxy = self._proxy
         try:
+            source = str(sock.getpeername()[0])
+        except OSError:
+            sock.close()
+            return
+        if self._handshakes[source] >= HANDSHAKES_PER_SOURCE:
+            sock.close()
+            _log.info("tunnel_connection_failed", error=f"{source} has too many handshakes open")
+            return
+        self._handshakes[source] += 1
+        try:
             certificate = await proxy.secrets.get(proxy.identity)
             connection = await TunnelConnection.accept(
                 proxy.reactor,
@@ -132,11 +167,16 @@ class Inbounds:
                 proxy.contexts.server(certificate),
                 verify=lambda leaf: verify_client_peer(leaf, proxy.config.trust_domain),
                 on_tunnel=self._on_tunnel,
+                budget=proxy.windows,
             )
         except (MeshError, OSError) as exc:
             sock.close()
             _log.info("tunnel_connection_failed", error=str(exc))
             return
+        finally:
+            self._handshakes[source] -= 1
+            if not self._handshakes[source]:
+                del self._handshakes[source]
         self._connections.add(connection)
         if proxy.is_draining:
             connection.goaway()
@@ -167,6 +207,19 @@ class Inbounds:
             await tunnel.wait_closed()
         finally:
             self._inbounds.discard(inbound)
+
+    def rejudge(self) -> None:
+        """Policies, or what they name, may have changed: open connections are judged again."""
+        for inbound in self._inbounds:
+            for each in list(inbound.pipes):
+                each.rejudge()
+
+    async def watch(self) -> None:
+        """End what callers keep open without going on, for ever. If cancelled: they may."""
+        while True:
+            await trio.sleep(self._idle_step)
+            found = [each for inbound in self._inbounds for each in inbound.connections]
+            self._idle_watch.sweep(found, trio.current_time())
 
     def drain(self) -> None:
         """No more tunnels, no more requests on those there are."""
@@ -217,6 +270,9 @@ class _Sniffer:
             return  # a TLSRoute goes by a name that has not come yet
         if speech is not Speech.NEED_DATA:
             self._become(speech)
+        elif self._timer is None:
+            proxy = self._inbound.proxy
+            self._timer = proxy.timers.after(proxy.config.head_timeout_seconds, self._give_up)
 
     def _become(self, speech: Speech) -> None:
         if self._timer is not None:
@@ -233,7 +289,8 @@ class _Sniffer:
 
     def _give_up(self) -> None:
         if not self._transport.is_closed and self._transport.codec is self:
-            self._become(Speech.OPAQUE)
+            # Half a preface of HTTP/2 is answered by the parser of HTTP/1.1: it never ends.
+            self._become(Speech.HTTP1 if self._is_http else Speech.OPAQUE)
 
     def on_end(self) -> None:
         """It ended before it was understood."""

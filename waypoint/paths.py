@@ -1,5 +1,8 @@
 """Path normalisation (MeshConfig's pathNormalization): what policy judges, what is routed and what
 the endpoint sees are the same path. Pure.
+
+A dot segment that only some endpoints would find (`..;x`, `..%2f`, `%252e%252e/`, an overlong
+encoding of it) has no normal form: the path is refused, unless normalization is switched off.
 """
 
 from __future__ import annotations
@@ -7,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Literal
+from urllib.parse import unquote_to_bytes
 
 Mode = Literal["NONE", "BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES"]
 
@@ -14,7 +18,12 @@ _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})?")
 _SLASHES = re.compile(rb"//+")
 # Nothing to do: no escape, no backslash, no dot segment, no double slash.
-_PLAIN = re.compile(rb"/(?:(?!/|\.\.?(?:/|\Z))[^%\\/]++/?+)*+")
+_PLAIN = re.compile(rb"/(?:(?!/|\.\.?(?:/|;|\Z))[^%\\/]++/?+)*+")
+_HIDDEN = re.compile(rb"(?:^|/)\.\.?(?:;[^/]*)?(?:/|\Z)")
+# Bytes that no UTF-8 has, but that were read as a dot and slashes.
+_OVERLONG = ((b"\xc0\xae", b"."), (b"\xe0\x80\xae", b"."), (b"\xc0\xaf", b"/"),
+             (b"\xe0\x80\xaf", b"/"), (b"\xc1\x9c", b"\\"))  # fmt: skip
+_MOST_DECODINGS = 4
 
 
 def normalizer(mode: Mode) -> Callable[[bytes], bytes | None]:
@@ -35,9 +44,25 @@ def normalizer(mode: Mode) -> Callable[[bytes], bytes | None]:
         path = decoded.replace(b"\\", b"/")
         if mode != "BASE":
             path = _SLASHES.sub(b"/", path)
-        return _without_dots(path)
+        path = _without_dots(path)
+        return None if _hides_dots(path) else path
 
     return normalize
+
+
+def _hides_dots(path: bytes) -> bool:
+    """Whether somebody who decodes more than we do would find dot segments, or never an end."""
+    for _ in range(_MOST_DECODINGS):
+        if _HIDDEN.search(path):
+            return True
+        decoded = unquote_to_bytes(path)
+        for encoded, meant in _OVERLONG:
+            decoded = decoded.replace(encoded, meant)
+        decoded = decoded.replace(b"\\", b"/")
+        if decoded == path:
+            return False
+        path = decoded
+    return True
 
 
 def _decode(path: bytes) -> bytes | None:

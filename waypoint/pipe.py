@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import MeshError, Refusal
 from waypoint.detect import server_name
+from waypoint.filters.chain import Request
+from waypoint.judge_connection import judge_connection
+from waypoint.traffic import Traffic
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -65,6 +68,8 @@ class _Pipe:
         self.up: _End | None = None
         self.is_done = False
         self.started = inbound.proxy.now()
+        self._judged_by: Traffic | None = None
+        inbound.pipes.add(self)
 
     def join(self, transport: Transport) -> _End:
         self.up = _End(self, transport)
@@ -75,6 +80,7 @@ class _Pipe:
         if self.is_done:
             return
         self.is_done = True
+        self.inbound.pipes.discard(self)
         for end in (self.down, self.up):
             if end is None:
                 continue
@@ -87,13 +93,37 @@ class _Pipe:
             self.inbound, flag, reason, self.down.count, sent, self.started
         )
 
+    def rejudge(self) -> None:
+        """Policy may have changed since: what would be refused now is cut."""
+        traffic = self.inbound.traffic()
+        if not self.is_done and traffic is not self._judged_by:
+            refusal = self._judge(traffic)
+            if refusal is not None:
+                self.finish(refusal.flag, f"policy changed: {refusal.reason}")
+
+    def _judge(self, traffic: Traffic) -> Refusal | None:
+        self._judged_by = traffic
+        protocol = self.inbound.target.protocol
+        return judge_connection(traffic.filters, self._facts(), protocol)
+
+    def _facts(self) -> Request:
+        """What policy may know of a connection."""
+        inbound = self.inbound
+        return Request(
+            method=b"", scheme=b"", authority=b"", path=b"", source=inbound.source,
+            source_ip=inbound.source_ip, remote_ip=inbound.source_ip,
+            destination_ip=inbound.destination_ip, destination_port=inbound.port,
+            service=inbound.service_key, now=self.started,
+        )  # fmt: skip
+
     async def run(self, first: bytes) -> None:
         """Choose, dial, join."""
         inbound = self.inbound
         proxy = inbound.proxy
         traffic = inbound.traffic()
-        if traffic.filters:
-            self.finish("DENY", "policies of this service cannot judge opaque connections yet")
+        refusal = self._judge(traffic)
+        if refusal is not None:
+            self.finish(refusal.flag, refusal.reason)
             return
         name = server_name(first) or "" if first else ""
         backend = traffic.routes.plan_connection(

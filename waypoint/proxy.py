@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from mesh.hbone.head import Baggage
+from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.workload import NetworkAddress, Workload
 from mesh.reactor import Reactor
@@ -47,7 +48,10 @@ class Proxy:
         # Spreads load and names traces; nothing secret depends on it.
         self.rng = random.Random()  # noqa: S311
         self.version = 0
+        self.on_change: Callable[[], None] = lambda: None
         self.is_draining = False
+        # What peers may send before we take it, of all connections together.
+        self.windows = WindowBudget(config.window_budget_bytes)
         self._nursery = nursery
         self._later: list[Callable[[], None]] = []
         self.timers = Timers()
@@ -63,6 +67,7 @@ class Proxy:
     def changed(self) -> None:
         """The Store changed: nothing derived from it holds any more."""
         self.version += 1
+        self.on_change()
 
     def own_workload(self) -> Workload:
         """Ourselves as the control plane knows us, else as far as we know."""

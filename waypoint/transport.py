@@ -58,6 +58,11 @@ class Transport(Protocol):
         """Whether bytes wait here because the peer does not take them."""
         ...
 
+    @property
+    def backlog(self) -> int:
+        """How many."""
+        ...
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send now or as soon as possible. Nothing happens when closed."""
         ...
@@ -108,6 +113,11 @@ class TunnelTransport:
         """Whether bytes wait here."""
         return self._pending is not None
 
+    @property
+    def backlog(self) -> int:
+        """How many."""
+        return len(self._pending) if self._pending is not None else 0
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """As far as both windows allow; the rest waits."""
         if self.is_closed or self._ending:
@@ -130,6 +140,7 @@ class TunnelTransport:
     def pause(self) -> None:
         """Withhold credit: the peer may send one window more."""
         self._paused = True
+        self._tunnel.lag()
 
     def unpause(self) -> None:
         """Give the credit."""
@@ -247,6 +258,11 @@ class SocketTransport:
     def is_blocked(self) -> bool:
         """Whether bytes wait here."""
         return self._pending is not None
+
+    @property
+    def backlog(self) -> int:
+        """How many."""
+        return len(self._pending) if self._pending is not None else 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """As much as the kernel takes; the rest waits."""

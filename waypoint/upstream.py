@@ -112,10 +112,15 @@ class Endpoint:
         channel: H2Up | None = None
         try:
             transport = await self._proxy.dialler.dial(self.candidate)
-            channel = H2Up(self._proxy.reactor, transport, self._h2_gone)
+            proxy = self._proxy
+            channel = H2Up(proxy.reactor, transport, self._h2_gone, proxy.windows)
             self._h2.append(channel)
             transport.start(channel)
             channel.touch()
+            if not channel.can_open:
+                reason = "the endpoint takes no requests"
+                channel.end(reason, abort=False)
+                channel = None
         except MeshError as exc:
             reason = str(exc)
         finally:

@@ -3,7 +3,8 @@
 One regular expression with possessive quantifiers (linear time) judges a whole head: bare LF,
 obsolete folding, blanks before a colon, control bytes and every version but 1.0 and 1.1 are
 refused. What two parsers could read differently is refused, not repaired: content-length beside
-transfer-encoding, a repeated length, any coding but one `chunked`, two hosts. Bodies are taken out
+transfer-encoding, a repeated length or one with leading zeros, any coding but one `chunked`, two
+hosts, a host of anything but letters, digits, dots and dashes. Bodies are taken out
 of their framing here and framed anew by whoever sends them on, so that no framing of a peer is
 ever forwarded. llhttp and h11 give second opinions in the tests.
 """
@@ -17,6 +18,7 @@ from http import HTTPStatus
 from typing import Final
 
 from mesh.errors import RemoteProtocolError
+from mesh.http.trailers import safe_trailers
 
 Pair = tuple[bytes, bytes]
 
@@ -32,9 +34,10 @@ _RESPONSE = re.compile(
     rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t \x21-\x7e\x80-\xff]*+)?\r\n" + _FIELDS
 )
 _FIELDS_ONLY = re.compile(_FIELDS)
-_HOST = re.compile(
-    rb"[A-Za-z0-9._~!$&'()*+,;=%\-]*+(?::[0-9]{0,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{0,5})?"
-)
+_HOST = re.compile(rb"[A-Za-z0-9._~\-]*+(?::[0-9]{0,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{0,5})?")
+_LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
+# What would let HTTP go on under another framing, out of sight (h2c, HTTP/3, TLS/1.0).
+_NOT_UPGRADED_TO = (b"h2", b"h3", b"http", b"tls")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15}+)[\t ]*+(?:;[\t \x21-\x7e\x80-\xff]*+)?\r\n")
 _ABSOLUTE = re.compile(rb"(https?)://([^/?#]+)([/?].*)?", re.IGNORECASE)
 
@@ -116,8 +119,8 @@ def parse_request(data: bytes) -> tuple[RequestHead, int] | None:
         raise RemoteProtocolError("the host is malformed")
     path, query, authority, scheme = _read_target(method, target, host)
     length = _request_length(lengths, codings, is_http10=is_http10)
-    keeps = (b"keep-alive" in connection) if is_http10 else b"close" not in connection
-    if b"upgrade" not in connection or is_http10:
+    keeps = _keeps_alive(connection, is_http10=is_http10)
+    if upgrade and (b"upgrade" not in connection or is_http10 or not _may_upgrade(upgrade)):
         upgrade = b""
     return RequestHead(
         method, path, query, authority, scheme, pairs, length, keeps, is_http10, upgrade,
@@ -159,8 +162,31 @@ def parse_response(data: bytes, *, method: bytes) -> tuple[ResponseHead, int] | 
         length = 0
     elif method == b"CONNECT" and status < 300:
         length = -1
-    keeps = (b"keep-alive" in connection) if minor == b"0" else b"close" not in connection
+    if status < 200 or status == 204:
+        # They have none (RFC 9110 section 8.6); a caller that believes it would wait.
+        pairs = [pair for pair in pairs if pair[0] != b"content-length"]
+    keeps = _keeps_alive(connection, is_http10=minor == b"0")
     return ResponseHead(status, pairs, length, keeps and length != -1, upgrade), match.end()
+
+
+def _keeps_alive(connection: set[bytes], *, is_http10: bool) -> bool:
+    if b"close" in connection:
+        return False
+    return not is_http10 or b"keep-alive" in connection
+
+
+def _may_upgrade(protocols: bytes) -> bool:
+    """Whether what follows is nothing that we would have to read. Of a list, all must be so: who
+    chooses among them is the other side.
+    """
+    return not any(
+        part.strip(b" \t").lower().startswith(_NOT_UPGRADED_TO) for part in protocols.split(b",")
+    )
+
+
+def is_host(authority: bytes) -> bool:
+    """Whether this is a host, perhaps with a port, that nobody can read in two ways."""
+    return _HOST.fullmatch(authority) is not None
 
 
 _Special = tuple[list[bytes], list[bytes], list[bytes], set[bytes], bytes, bool, bool]
@@ -203,7 +229,7 @@ def _read_special(pairs: list[Pair], special: list[Pair], http_status: int) -> _
         elif name == b"transfer-encoding":
             codings.append(value.lower())
         elif name == b"upgrade":
-            upgrade = value
+            upgrade = upgrade + b", " + value if upgrade else value
         elif name == b"te":
             trailers = trailers or b"trailers" in value.lower()
         elif name == b"expect":
@@ -225,7 +251,7 @@ def _read_special(pairs: list[Pair], special: list[Pair], http_status: int) -> _
 def _refuse_or_wait(data: bytes, start: int, too_long: int) -> None:
     """Raise unless `data` may be the beginning of a head."""
     status = 502 if too_long == 502 else 400
-    if len(data) - start > MAX_HEAD:
+    if len(data) - start > MAX_HEAD or data.count(b"\n", start) > MAX_FIELDS + 2:
         raise RemoteProtocolError("the head is too long", http_status=too_long)
     end = data.find(b"\n", start)
     while end >= 0:
@@ -276,7 +302,7 @@ def _request_length(
 
 def _one_length(lengths: Sequence[bytes], http_status: int) -> int:
     text = lengths[0]
-    if len(lengths) > 1 or not text.isdigit() or len(text) > 18:
+    if len(lengths) > 1 or not _LENGTH.fullmatch(text):
         raise RemoteProtocolError("a malformed content-length", http_status=http_status)
     return int(text)
 
@@ -376,9 +402,7 @@ class ChunkReader:
             self._line = block
             return len(data)
         pairs, _ = _split(match[1])
-        # Framing and routing must not change after the fact (RFC 9110 section 6.5.1).
-        forbidden = {b"content-length", b"authorization", b"cookie", b"set-cookie"}
-        self.trailers = [pair for pair in pairs if pair[0] not in forbidden]
+        self.trailers = safe_trailers(pairs)
         self._line = b""
         self.is_done = True
         return offset + match.end() - before

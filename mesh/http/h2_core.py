@@ -68,6 +68,7 @@ class H2Core:
         self._uncredited = 0
         self._credit_step = self._receive_window // 2
         self._windows = ReceiveWindows(self._settings, budget)
+        self._holds = self._settings.holds_connection
         self._accept_up_to = h2.LARGEST_STREAM_ID
         self._next_id = 1
         self._last_peer_id = 0
@@ -88,10 +89,24 @@ class H2Core:
         """Parse `data`. Raises RemoteProtocolError when the connection cannot go on."""
         self._now = now
         self._reader.receive(data)
+        self._credit_connection()
+
+    def _credit_connection(self) -> None:
         if self._uncredited >= self._credit_step:
             self.out += h2.pack_window_update(0, self._uncredited)
             self._receive_window += self._uncredited
             self._uncredited = 0
+
+    def _release(self, stream: Stream, count: int) -> None:
+        """`count` held bytes are consumed, or nobody wants them any more."""
+        stream.held -= count
+        self._uncredited += count
+        self._credit_connection()
+
+    @property
+    def is_amid_head(self) -> bool:
+        """Whether a header block has begun and not ended."""
+        return self._reader.is_amid_head
 
     # ---- what the reader finds
 
@@ -113,6 +128,9 @@ class H2Core:
             self._stream_error(stream, h2.PROTOCOL_ERROR)
         else:
             stream.receive_window -= length
+            if self._holds:
+                stream.held += length
+                self._uncredited -= length
             return stream
         return None
 
@@ -319,6 +337,8 @@ class H2Core:
     def _forget(self, stream: Stream) -> None:
         stream.closed = True
         self._windows.forget(stream)
+        if stream.held:
+            self._release(stream, stream.held)
         del self.streams[stream.id]
         self._reader.forget(stream)
         self._receiver.on_closed(stream)
@@ -372,7 +392,8 @@ class H2Core:
         """Send a response, or trailers. Nothing happens on a closed stream."""
         if stream.closed or stream.local_ended:
             return
-        stream.answered = True
+        if not self._client:  # a client's are the trailers of its request
+            stream.answered = True
         self._write_headers(stream, block, end_stream=end_stream)
 
     def _write_headers(self, stream: Stream, block: bytes, *, end_stream: bool) -> None:
@@ -427,6 +448,8 @@ class H2Core:
 
     def credit(self, stream: Stream, count: int) -> None:
         """`count` bytes of a stream were consumed; the peer may send as many again, or more."""
+        if self._holds and not stream.closed:
+            self._release(stream, count)
         if stream.closed or stream.remote_ended:
             return
         stream.uncredited += count

@@ -75,7 +75,9 @@ def is_lawful_setting(key: int, value: int, *, to_client: bool) -> bool:
 class LocalSettings:
     """What we announce and enforce. Sizes in bytes; the windows are Istio's.
 
-    A stream begins with `stream_window`; up to `largest_window` it grows with use.
+    A stream begins with `stream_window`; up to `largest_window` it grows with use. With
+    `holds_connection` the connection's window, too, opens only by what was consumed, so that it
+    bounds what all stalled readers of a connection hold together, and one may stop the others.
     """
 
     stream_window: int = 4 << 20
@@ -84,6 +86,7 @@ class LocalSettings:
     max_frame: int = 1 << 20
     max_header_list: int = 64 << 10
     max_streams: int = 200
+    holds_connection: bool = False
 
     def pack(self, *, client: bool) -> bytes:
         """The SETTINGS frame and the WINDOW_UPDATE that opens the connection window."""

@@ -83,6 +83,11 @@ class FrameReader:
         self._block_ends = False
         self._block_frames = 0
 
+    @property
+    def is_amid_head(self) -> bool:
+        """Whether a header block has begun and not ended."""
+        return self._block is not None or len(self._partial) > 9
+
     def forget(self, stream: Stream) -> None:
         """Discard what is left of `stream`'s current DATA frame."""
         if self._stream is stream:

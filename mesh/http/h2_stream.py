@@ -16,7 +16,8 @@ class Stream:
 
     `starved` is set by the shell when it stopped sending for want of stream window; the
     core clears it and calls `on_stream_room`. Of the window that the peer may use,
-    `granted` bytes are beyond the first one; `lagged` says that the reader did not keep up.
+    `granted` bytes are beyond the first one; `lagged` says that the reader did not keep up, `held`
+    how much of the connection's window is not consumed yet (with `holds_connection`).
     """
 
     __slots__ = (
@@ -24,6 +25,7 @@ class Stream:
         "closed",
         "credit_step",
         "granted",
+        "held",
         "id",
         "lagged",
         "local_ended",
@@ -42,6 +44,7 @@ class Stream:
         self.receive_window = receive_window
         self.credit_step = max(1, receive_window // 2)
         self.granted = 0
+        self.held = 0
         self.lagged = False
         self.uncredited = 0
         self.answered = False
@@ -101,6 +104,12 @@ def is_interim(pairs: Sequence[Pair]) -> bool:
     return len(status) == 3 and status[:1] == b"1"
 
 
+def _is_status(pairs: Sequence[Pair]) -> bool:
+    """101 is none: nothing is switched to in HTTP/2 (RFC 9113 section 8.6)."""
+    status = dict(pairs).get(b":status", b"")
+    return len(status) == 3 and status.isdigit() and status >= b"100" and status != b"101"
+
+
 def find_head_problem(block: Block, *, is_response: bool, ends: bool) -> str:
     """Why a header block on an open stream is malformed, or empty text.
 
@@ -113,8 +122,8 @@ def find_head_problem(block: Block, *, is_response: bool, ends: bool) -> str:
             return "a second head"
         if any(name[:1] == b":" for name, _ in block.pairs):
             return "pseudo-header in trailers"
-    elif not dict(block.pairs).get(b":status", b"").isdigit():
-        return "no :status"
+    elif sum(name[:1] == b":" for name, _ in block.pairs) != 1 or not _is_status(block.pairs):
+        return "no :status, or more than it"
     elif ends and is_interim(block.pairs):
         return "an interim response ends the stream"
     return ""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
+import gzip
 import http.server
 import json
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import trio
 from joserfc import jws
 from joserfc.jwk import ECKey, KeySet, OctKey, RSAKey
+from joserfc.jws import JWSRegistry
 
 from mesh.errors import ConfigError, Unavailable
 from mesh.model.l7_policy import JwtRule, RequestAuthentication, TokenPlace
@@ -198,8 +202,9 @@ def issuer() -> Issuer:
 
 @pytest.fixture
 def address(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    async def anything(uri: str) -> None:
-        del uri
+    async def anything(uri: str) -> tuple[str, int | None, list[str]]:
+        parts = urlsplit(uri)
+        return parts.hostname or "", parts.port, ["127.0.0.1"]
 
     monkeypatch.setattr(jwks, "check_address", anything)
     yield from issuer.serve()
@@ -287,8 +292,188 @@ async def test_known_keys_outlive_a_failing_issuer_for_a_day(autojump_clock: Any
         "file:///etc/passwd",
         "gopher://10.0.0.1/",
         "http:///keys",
+        "http://[::ffff:169.254.169.254]/",
+        "http://[64:ff9b::a9fe:a9fe]/",
+        "http://[2002:a9fe:a9fe::1]/",
+        "http://[::169.254.169.254]/",
+        "http://[fe80::1]/",
+        "http://[fe80::1%25lo]/",
+        "http://[fd00:ec2::254]/latest",
+        "http://100.100.100.200/",
+        "http://168.63.129.16/",
+        "http://192.0.0.192/",
+        "http://2852039166/",
+        "http://0xa9fea9fe/",
+        "http://0251.0376.0251.0376/",
+        "http://169.254.43518/",
+        "http://localhost/",
+        "http://10.0.0.1@169.254.169.254/",
+        "http://169.254.169.254@10.0.0.1/",
+        "http://[::]/",
+        "http://0.1.2.3/",
+        "http://255.255.255.255/",
     ],
 )
 async def test_addresses_that_policies_may_not_name(uri: str) -> None:
     with pytest.raises(ConfigError):
         await jwks.check_address(uri)
+
+
+async def test_a_name_that_leads_to_forbidden_addresses_among_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [["10.0.0.1", "169.254.169.254"], ["10.0.0.1"]]
+    asked: list[str] = []
+
+    class Names(trio.abc.HostnameResolver):
+        async def getaddrinfo(self, host: Any, port: Any, *_: Any) -> Any:
+            asked.append(host)
+            found = answers.pop(0)
+            return [(2, 1, 6, "", (each, port)) for each in found]
+
+        async def getnameinfo(self, *_: Any) -> Any:
+            raise NotImplementedError
+
+    before = trio.socket.set_custom_hostname_resolver(Names())
+    try:
+        with pytest.raises(ConfigError, match="169"):
+            await jwks.check_address("http://issuer.example/keys")
+        found = await jwks.check_address("http://issuer.example:81/keys")
+    finally:
+        trio.socket.set_custom_hostname_resolver(before)
+    assert found == ("issuer.example", 81, ["10.0.0.1"])
+
+
+async def test_the_address_that_was_judged_is_the_one_that_is_asked(
+    issuer: Issuer, address: str
+) -> None:
+    """The name does not resolve at all: it is not looked up a second time."""
+    port = urlsplit(address).port
+    body = await jwks.fetch(f"http://keys.invalid:{port}/keys")
+    assert body == issuer.keys.encode()
+
+
+ANSWERS = {
+    "a redirect": (302, [("location", "http://169.254.169.254/")], b""),
+    "too much": (200, [], b"x" * (jwks.MAX_JWKS_BYTES + 1)),
+    "an encoding": (200, [("content-encoding", "gzip")], gzip.compress(b"x" * 10_000_000)),
+    "an error": (500, [], b"{}"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_what_key_servers_may_not_answer(address: str, name: str) -> None:
+    del address  # addresses are not judged
+    status, headers, body = ANSWERS[name]
+    head = [f"HTTP/1.1 {status} x", f"content-length: {len(body)}"]
+    head += [f"{key}: {value}" for key, value in headers]
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all("\r\n".join([*head, "", ""]).encode() + body)
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, answer, listeners)
+        port = listeners[0].socket.getsockname()[1]
+        with pytest.raises(Unavailable):
+            await jwks.fetch(f"http://127.0.0.1:{port}/keys")
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_key_server_that_never_answers_costs_its_time_only(autojump_clock: Any) -> None:
+    async def fetch(uri: str) -> bytes:
+        await trio.sleep_forever()
+        raise Unavailable(uri)
+
+    made = filter_for(JwtRule(ISSUER, jwks_uri="https://x/", timeout_seconds=5), fetch=fetch)
+    began = trio.current_time()
+    answers: list[Respond | None] = []
+
+    async def one() -> None:
+        answers.append(await accepted(made, token()))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(one)
+    assert [each.status for each in answers if each is not None] == [401] * 20
+    assert trio.current_time() - began == pytest.approx(5)
+
+
+def signed(header: str, claims: str) -> str:
+    """A token whose parts are these very texts, signed by the issuer."""
+    sides = (header.encode(), claims.encode())
+    parts = [base64.urlsafe_b64encode(each).decode().rstrip("=") for each in sides]
+    made = JWSRegistry.algorithms["ES256"].sign(".".join(parts).encode(), EC)
+    return ".".join([*parts, base64.urlsafe_b64encode(made).decode().rstrip("=")])
+
+
+HEADER = '{"alg": "ES256", "kid": "one"}'
+CLAIMS = f'"iss": "{ISSUER}", "sub": "me"'
+
+
+def test_our_own_signature_is_good() -> None:
+    assert filter_for(RULE).on_request(request(signed(HEADER, "{" + CLAIMS + "}"))) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "claims"),
+    [
+        (HEADER, f'{{{CLAIMS}, "sub": "root"}}'),
+        (HEADER, f'{{{CLAIMS}, "exp": NaN}}'),
+        (HEADER, f'{{{CLAIMS}, "exp": Infinity}}'),
+        (HEADER, f'{{{CLAIMS}, "exp": 1e400}}'),
+        (HEADER, f'{{{CLAIMS}, "exp": {10**400}}}'),
+        (HEADER, f'{{{CLAIMS}, "nbf": -{10**400}}}'),
+        (HEADER, f'{{{CLAIMS}, "exp": {"9" * 5000}}}'),
+        (HEADER, f'{{{CLAIMS}, "exp": true}}'),
+        (HEADER, f'{{{CLAIMS}, "x": {"[" * 6000}{"]" * 6000}}}'),
+        (HEADER, f"[{{{CLAIMS}}}]"),
+        ('{"alg": "none", "kid": "one"}', f"{{{CLAIMS}}}"),
+        ('{"alg": "none", "alg": "ES256", "kid": "one"}', f"{{{CLAIMS}}}"),
+        ('{"alg": ["ES256"], "kid": "one"}', f"{{{CLAIMS}}}"),
+        ('{"alg": "ES256", "kid": "one", "crit": ["b64"], "b64": false}', f"{{{CLAIMS}}}"),
+        ('{"alg": "ES256", "kid": "/dev/null"}', f"{{{CLAIMS}}}"),
+        ('{"alg": "ES256", "kid": "one\' or 1=1"}', f"{{{CLAIMS}}}"),
+    ],
+)
+def test_tokens_that_are_signed_and_yet_read_in_two_ways(header: str, claims: str) -> None:
+    refused(filter_for(RULE), request(signed(header, claims)))
+
+
+@pytest.mark.parametrize("kid", ["{}", "[1]", "7", "null"])
+def test_a_key_name_of_another_type_names_no_key(kid: str) -> None:
+    """As if there were none: every key of the issuer is tried, and only those."""
+    made = filter_for(JwtRule(ISSUER, jwks=public(OTHER)))
+    refused(made, request(signed(f'{{"alg": "ES256", "kid": {kid}}}', f"{{{CLAIMS}}}")))
+
+
+def test_keys_in_the_token_itself_do_not_count() -> None:
+    own = json.loads(public(OTHER))["keys"][0]
+    for header in ({"jwk": own}, {"jku": "https://evil.example"}, {"x5c": ["AAAA"]}):
+        refused(filter_for(RULE), request(token(OTHER, header={**header, "kid": "one"})))
+
+
+def test_a_set_of_very_many_keys_is_not_taken() -> None:
+    key = json.loads(public(EC))["keys"][0]
+    many = json.dumps({"keys": [{**key, "kid": str(number)} for number in range(10_000)]})
+    answer = filter_for(JwtRule(ISSUER, jwks=many)).on_request(request(token()))
+    assert isinstance(answer, Wait)
+
+
+def test_other_parameters_go_on_byte_for_byte() -> None:
+    rest = b"a=%ff+%2B&&b&c=%E4;d=1&e=a%20b"
+    asked = request(query=rest + b"&access%5Ftoken=" + token().encode())
+    assert filter_for(RULE).on_request(asked) is None
+    assert asked.principal
+    assert asked.query == rest
+
+
+def test_the_same_token_twice_is_one_and_none_is_left_for_the_endpoint() -> None:
+    text = token()
+    asked = request(text, query=b"access_token=" + text.encode())
+    assert filter_for(RULE).on_request(asked) is None
+    assert asked.headers.get(b"authorization") is None
+    assert asked.query == b""

@@ -4,8 +4,9 @@ Order: CUSTOM, DENY, ALLOW; AUDIT and dry-run only note. Without an ALLOW policy
 not denied passes; with one, only what some ALLOW rule matches. What cannot be understood or
 judged here denies: it is never as if it were not written.
 
-Where HTTP leaves two readings of a request (a port in the authority, a field sent twice), DENY
-takes either and ALLOW insists on the whole, so that a second spelling never opens a door.
+Where HTTP leaves two readings of a request (a port in the authority, a field sent twice, parameters
+in a path: `waypoint.filters.readings`), DENY takes either and ALLOW insists on the whole, so that a
+second spelling never opens a door.
 
 `judge` is the decision as a value, which is what explains it too; `Authorize` answers by it.
 """
@@ -13,14 +14,16 @@ takes either and ALLOW insists on the whole, so that a second spelling never ope
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mesh.errors import ConfigError
 from mesh.model.l7_policy import L7Authorization, L7Condition, L7Operation, L7Rule, L7Source
 from waypoint.filters.addresses import in_any_block
+from waypoint.filters.authorize_connection import for_connections
 from waypoint.filters.chain import PassingFilter, Request, Respond, Verdict
+from waypoint.filters.readings import field_readings, host_readings, path_readings
 from waypoint.filters.strings import any_of, path_any_of
 
 Test = Callable[[Request], bool]
@@ -29,6 +32,21 @@ GRPC_PERMISSION_DENIED: Final = 7
 _HEADER = re.compile(r"request\.headers\[([^\[\]]+)\]")
 _CLAIMS = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
 _BODY = b"RBAC: access denied"
+# Taken out of the fields of a request before anybody sees them.
+UNSEEN: Final = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding"}
+)
+_FOLDED: Final = frozenset({b"host", b":authority", b"upgrade"})
+_NOT_AMONG_FIELDS: Final[Mapping[bytes, Callable[[Request], Sequence[bytes]]]] = {
+    b"host": lambda request: host_readings(request.authority),
+    b":authority": lambda request: host_readings(request.authority),
+    b":method": lambda request: [request.method],
+    b":path": lambda request: [
+        request.path + b"?" + request.query if request.query else request.path
+    ],
+    b":scheme": lambda request: [request.scheme],
+    b"upgrade": lambda request: [request.upgrade.lower()] if request.upgrade else [],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +129,10 @@ class Authorize(PassingFilter):
     def __init__(
         self, policies: Iterable[L7Authorization], *, explains_denials: bool = False
     ) -> None:
+        policies = tuple(policies)
         self._authorizer = Authorizer(policies)
+        self.connections = Authorizer(for_connections(policies))
+        """Judges what is no HTTP, by what is known of it."""
         self._explains = explains_denials
 
     def on_request(self, request: Request) -> Verdict:
@@ -214,7 +235,10 @@ def _operation(operation: L7Operation, *, is_deny: bool) -> Test:
         tests.append(_not(_host(operation.not_hosts, is_loose=not is_deny)))
     tests += _with_not(_port, operation.ports, operation.not_ports)
     tests += _with_not(_method, operation.methods, operation.not_methods)
-    tests += _with_not(_path, operation.paths, operation.not_paths)
+    if operation.paths:
+        tests.append(_path(operation.paths, is_loose=is_deny))
+    if operation.not_paths:
+        tests.append(_not(_path(operation.not_paths, is_loose=not is_deny)))
     if not tests:
         raise ConfigError("an empty operation", field="to")
     return _every(tests)
@@ -288,37 +312,38 @@ def _method(values: tuple[str, ...]) -> Test:
     return lambda request: matches(request.method)
 
 
-def _path(values: tuple[str, ...]) -> Test:
+def _path(values: tuple[str, ...], *, is_loose: bool) -> Test:
     matches = path_any_of(values)
-    return lambda request: matches(request.path)
+    if not is_loose:
+        return lambda request: matches(request.path)
+    return lambda request: any(map(matches, path_readings(request.path)))
 
 
 def _host(values: tuple[str, ...], *, is_loose: bool) -> Test:
     matches = any_of(values, folds_case=True)
-
-    def strict(request: Request) -> bool:
-        return matches(request.authority.lower())
-
-    def loose(request: Request) -> bool:
-        authority = request.authority.lower()
-        bare = authority if authority.endswith(b"]") else authority.rpartition(b":")[0] or authority
-        return matches(authority) or matches(bare) or matches(bare.rstrip(b"."))
-
-    return loose if is_loose else strict
+    if not is_loose:
+        return lambda request: matches(request.authority.lower())
+    return lambda request: any(map(matches, host_readings(request.authority)))
 
 
 def _header(name: str, *, is_loose: bool) -> Callable[[tuple[str, ...]], Test]:
     key = name.lower().encode()
+    if key in UNSEEN:
+        raise ConfigError(f"{name} is between two neighbours, no policy sees it", field="when.key")
+    apart = _NOT_AMONG_FIELDS.get(key)
 
     def make(values: tuple[str, ...]) -> Test:
-        matches = any_of(values)
+        matches = any_of(values, folds_case=key in _FOLDED)
 
         def test(request: Request) -> bool:
-            sent = request.headers.get_all(key)
+            sent = request.headers.get_all(key) if apart is None else apart(request)
             if not sent:
                 return False
-            whole = sent[0] if len(sent) == 1 else b",".join(sent)
-            return matches(whole) or (is_loose and any(matches(each) for each in sent))
+            if is_loose:
+                return any(map(matches, field_readings(sent)))
+            if apart is not None:
+                return matches(sent[0])
+            return matches(sent[0] if len(sent) == 1 else b",".join(sent))
 
         return test
 

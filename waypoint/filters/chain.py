@@ -20,6 +20,12 @@ from mesh.identity import SpiffeId
 
 Pair = tuple[bytes, bytes]
 
+FRAMING = frozenset(
+    {b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"proxy-connection",
+     b"te", b"upgrade", b"host"}
+)  # fmt: skip
+"""Names that configuration never sets: they say where a message ends, or who is asked for it."""
+
 
 class Headers:
     """Header fields in order. `pairs` may be read; change through the methods."""
@@ -66,6 +72,8 @@ class Request:
     authority: bytes
     path: bytes
     query: bytes = b""
+    upgrade: bytes = b""
+    """The protocols that it asks to switch to, empty for none."""
     headers: Headers = field(default_factory=Headers)
     source: SpiffeId | None = None
     source_ip: str = ""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mesh.model.l7_policy import RequestCondition
 from waypoint.filters.chain import Request
+from waypoint.filters.readings import field_readings, host_readings, path_readings
 from waypoint.filters.strings import any_of, path_any_of
 
 Test = Callable[[Request], bool]
@@ -52,25 +53,21 @@ def _method(values: tuple[str, ...]) -> Test:
 
 def _path(values: tuple[str, ...]) -> Test:
     matches = path_any_of(values)
-    return lambda request: matches(request.path)
+    return lambda request: any(map(matches, path_readings(request.path)))
 
 
 def _host(values: tuple[str, ...]) -> Test:
     matches = any_of(values, folds_case=True)
 
-    def test(request: Request) -> bool:
-        authority = request.authority.lower()
-        # The port is another way to write the same host; a limit must not be left by it.
-        return matches(authority) or matches(authority.rpartition(b":")[0])
-
-    return test
+    # The port is another way to write the same host; a limit must not be left by it.
+    return lambda request: any(map(matches, host_readings(request.authority)))
 
 
 def _header(name: str, value: str) -> Test:
     key, matches = name.lower().encode(), any_of((value,))
 
     def test(request: Request) -> bool:
-        return any(matches(each) for each in request.headers.get_all(key))
+        return any(map(matches, field_readings(request.headers.get_all(key))))
 
     return test
 

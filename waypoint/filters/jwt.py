@@ -16,14 +16,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, unquote_plus
 
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
 from mesh.model.l7_policy import JwtRule, RequestAuthentication, TokenPlace
-from waypoint.filters.chain import PassingFilter, Request, Respond, Verdict, Wait
+from waypoint.filters.chain import FRAMING, PassingFilter, Request, Respond, Verdict, Wait
 
 ALGORITHMS: Final = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -31,12 +31,14 @@ ALGORITHMS: Final = (
 )
 GRPC_UNAUTHENTICATED: Final = 16
 MAX_TOKEN_BYTES: Final = 16 * 1024
-MAX_TOKENS: Final = 4
+MAX_KEYS: Final = 1000
 LEEWAY_SECONDS: Final = 60.0
+_LARGEST_TIME: Final = 1 << 53
 _DEFAULT_PLACES: Final = (
     TokenPlace("header", "authorization", "Bearer "),
     TokenPlace("param", "access_token"),
 )
+_NEVER_FILLED: Final = FRAMING | {b""}
 _ALWAYS_SPLIT: Final = ("scope", "permission")
 
 
@@ -101,7 +103,7 @@ class Jwt(PassingFilter):
                 name.lower().encode()
                 for each in self._rules
                 for name in (each.rule.payload_header, *(h for h, _ in each.rule.claim_headers))
-                if name
+                if name.lower().encode() not in _NEVER_FILLED
             )
         )
 
@@ -148,7 +150,7 @@ class Jwt(PassingFilter):
 
     def _find(self, request: Request) -> tuple[_Token, list[_Rule]] | None:
         """The token, and the rules that may accept it. Raises Bad."""
-        texts = {}
+        texts: dict[str, TokenPlace] = {}
         for place in self._places:
             for text in _texts(request, place):
                 texts.setdefault(text, place)
@@ -192,13 +194,15 @@ class Jwt(PassingFilter):
         issuer, subject = claims.get("iss", ""), claims.get("sub", "")
         request.principal = f"{issuer}/{subject}" if issuer and subject else ""
         if not rule.forwards_token:
-            _remove(request, token.place)
-        if rule.payload_header:
+            for place in rule.places or _DEFAULT_PLACES:
+                if place is token.place or _texts(request, place):
+                    _remove(request, place)
+        if rule.payload_header.lower().encode() not in _NEVER_FILLED:
             payload = token.text.split(".")[1].encode()
             request.headers.set(rule.payload_header.lower().encode(), payload)
         for header, claim in rule.claim_headers:
             value = _look_up(token.claims, claim)
-            if value is not None:
+            if value is not None and header.lower().encode() not in _NEVER_FILLED:
                 request.headers.set(header.lower().encode(), value)
 
     def _refuse(self, reason: str) -> Respond:
@@ -216,7 +220,10 @@ class Jwt(PassingFilter):
 def read_keys(text: str | bytes) -> KeySet:
     """A JWKS. Raises Bad."""
     try:
-        return KeySet.import_key_set(json.loads(text))
+        found = json.loads(text)
+        if isinstance(found, dict) and len(found.get("keys", ())) > MAX_KEYS:
+            raise Bad(f"the Jwks has more than {MAX_KEYS} keys")
+        return KeySet.import_key_set(found)
     except (ValueError, KeyError, TypeError, AttributeError, JoseError, RecursionError) as exc:
         raise Bad(f"the Jwks cannot be read: {exc}") from exc
 
@@ -275,12 +282,29 @@ def _read(text: str, place: TokenPlace) -> _Token:
 def _decode(part: str) -> dict[str, Any]:
     try:
         padded = part + "=" * (-len(part) % 4)
-        found = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        found = json.loads(
+            base64.b64decode(padded, altchars=b"-_", validate=True),
+            object_pairs_hook=_once,
+            parse_constant=_refuse_constant,
+        )
     except (ValueError, RecursionError) as exc:
         raise Bad("Jwt is not base64url encoded JSON") from exc
     if not isinstance(found, dict):
         raise Bad("Jwt is not base64url encoded JSON")
     return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A member that is there twice is read in two ways. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a member is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> object:
+    """NaN is later and earlier than nothing. Raises ValueError."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def _number(claims: Mapping[str, Any], name: str) -> float | None:
@@ -289,6 +313,8 @@ def _number(claims: Mapping[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Bad(f"Jwt claim [{name}] is no number")
+    if not -_LARGEST_TIME < value < _LARGEST_TIME:
+        raise Bad(f"Jwt claim [{name}] is out of range")
     return float(value)
 
 
@@ -314,6 +340,10 @@ def _query(request: Request) -> list[tuple[str, str]]:
         raise Bad("the query has too many parameters to look for a Jwt in") from exc
 
 
+def _parameter_name(part: bytes) -> str:
+    return unquote_plus(part.partition(b"=")[0].decode("latin-1"))
+
+
 def _cookies(request: Request) -> list[tuple[str, str]]:
     sent = b"; ".join(request.headers.get_all(b"cookie")).decode("latin-1")
     pairs = [each.partition("=") for each in sent.split(";")]
@@ -325,8 +355,10 @@ def _remove(request: Request, place: TokenPlace) -> None:
         case "header":
             request.headers.remove(place.name.lower().encode())
         case "param":
-            kept = [pair for pair in _query(request) if pair[0] != place.name]
-            request.query = urlencode(kept).encode()
+            # The others go on as they were sent, byte for byte.
+            parts = request.query.split(b"&")
+            kept = [each for each in parts if _parameter_name(each) != place.name]
+            request.query = b"&".join(kept)
         case "cookie":
             left = [f"{n}={v}" for n, v in _cookies(request) if n and n != place.name]
             request.headers.remove(b"cookie")

@@ -8,6 +8,7 @@ import h11
 import pytest
 import trio
 
+from mesh.model.l7_policy import L7Authorization, L7Operation, L7Rule
 from tests.support.waypoints import (
     fetch,
     header,
@@ -16,6 +17,7 @@ from tests.support.waypoints import (
     running_waypoint,
     service,
     settle,
+    traffic,
 )
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
@@ -125,6 +127,50 @@ async def test_continue_head_and_early_answers() -> None:
         response, body = await fetch(stream, method="HEAD")
         assert (header(response, "content-length"), body) == ("5", b"")
         assert (await fetch(stream))[1] == b"web-1"
+
+
+async def test_old_callers_odd_methods_and_expectations() -> None:
+    denied = L7Rule(operations=(L7Operation(methods=("TRACE",), paths=("/admin",)),))
+    both = L7Rule(operations=(L7Operation(paths=("/admin",)),))
+    config = traffic("web", authorizations=(L7Authorization("shop", "d", "DENY", (denied, both)),))
+    async with (
+        running_app("web-1", key("web")) as app,
+        running_waypoint([service("web", 1), app.workload, config]) as mesh,
+    ):
+        connection = await mesh.connect()
+
+        async def say(data: bytes) -> bytes:
+            stream = await mesh.open("10.96.0.1:80", connection)
+            await stream.send_all(data)
+            return await settle(stream, b"never")
+
+        # HTTP/1.0 ends with the connection, unless it asks; it hears nothing of chunks or 100.
+        answer = await say(b"GET /a HTTP/1.0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.endswith(b"\r\n\r\nweb-1")
+        answer = await say(
+            b"GET /b HTTP/1.0\r\nhost: a\r\nconnection: keep-alive\r\n\r\n"
+            b"POST /c HTTP/1.0\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\nx"
+        )
+        assert answer.count(b"HTTP/1.1 200") == 2
+        assert answer.count(b"connection: keep-alive") == 1
+        assert b" 100 " not in answer
+        # Methods are the endpoint's business, but where policy or the protocol say no.
+        for line in (b"OPTIONS * ", b"TRACE / ", b"BREW /pot ", b"get / "):
+            answer = await say(line + b"HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200"), line
+        answer = await say(b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\nGET / HTTP/1.1\r\n")
+        assert answer.startswith(b"HTTP/1.1 405")
+        # Who is denied is not told to go on, and its body is not taken for a request.
+        smuggled = b"GET /smuggled HTTP/1.1\r\nhost: a\r\n\r\n"
+        answer = await say(
+            b"POST /admin HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: "
+            + b"%d\r\n\r\n" % len(smuggled) + smuggled
+        )  # fmt: skip
+        assert answer.startswith(b"HTTP/1.1 403")
+        assert answer.count(b"HTTP/1.1") == 1
+        assert b"connection: close" in answer
+        assert not any(each.target == b"/smuggled" for each in app.requests)
 
 
 async def test_websocket_style_upgrades_pass_both_ways() -> None:

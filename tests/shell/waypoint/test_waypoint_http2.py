@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 
@@ -14,13 +15,25 @@ import trio
 from mesh.model.route import Backend, MethodMatch, Route, RouteMatch, RouteRule
 from mesh.model.service import AppProtocol
 from mesh.model.workload import TunnelProtocol, Workload
-from tests.support.waypoints import NODE_IP, key, running_app, running_waypoint, service, traffic
+from tests.support.waypoints import (
+    NODE_IP,
+    fetch,
+    key,
+    running_app,
+    running_waypoint,
+    service,
+    traffic,
+)
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
 
 class _Echo(grpc.GenericRpcHandler):
-    """Unary, streaming both ways, and a failure."""
+    """Unary, streaming both ways, and failures."""
+
+    def __init__(self) -> None:
+        self.left = threading.Semaphore(0)
+        """One for each call of Wait that its caller left."""
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         if call.method == "/pb.Echo/Say":
@@ -29,7 +42,34 @@ class _Echo(grpc.GenericRpcHandler):
             return grpc.stream_stream_rpc_method_handler(lambda requests, _context: requests)
         if call.method == "/pb.Echo/Fail":
             return grpc.unary_unary_rpc_method_handler(self._fail)
+        if call.method == "/pb.Echo/Repeat":
+            return grpc.unary_stream_rpc_method_handler(lambda text, _context: iter([text] * 20))
+        if call.method == "/pb.Echo/Join":
+            return grpc.stream_unary_rpc_method_handler(lambda texts, _context: b"".join(texts))
+        if call.method == "/pb.Echo/Meta":
+            return grpc.unary_unary_rpc_method_handler(self._meta)
+        if call.method == "/pb.Echo/Wait":
+            return grpc.unary_stream_rpc_method_handler(self._wait)
+        if call.method == "/pb.Echo/Break":
+            return grpc.unary_stream_rpc_method_handler(self._break)
         return None
+
+    def _meta(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
+        sent = {each.key: each.value for each in context.invocation_metadata()}
+        context.send_initial_metadata((("x-large", sent["x-large"]), ("x-b-bin", sent["x-b-bin"])))
+        return str(context.time_remaining() is not None).encode()
+
+    def _wait(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Goes on until its caller leaves."""
+        left = threading.Event()
+        context.add_callback(left.set)
+        yield request
+        if left.wait(30):
+            self.left.release()
+
+    def _break(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        yield request
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough: \xe4 %")
 
     def _say(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         context.set_trailing_metadata((("x-after", "wards"),))
@@ -41,8 +81,8 @@ class _Echo(grpc.GenericRpcHandler):
 
 
 @contextlib.contextmanager
-def grpc_server(*services: str) -> Iterator[Workload]:
-    server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[_Echo()])
+def grpc_server(*services: str, echo: _Echo | None = None) -> Iterator[Workload]:
+    server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[echo or _Echo()])
     port = server.add_insecure_port(f"{NODE_IP}:0")
     server.start()
     try:
@@ -74,12 +114,60 @@ def _calls(port: int) -> None:
         assert caught.value.details() == "not today"
 
 
+def _harder_calls(port: int, left: threading.Semaphore) -> None:
+    """Streams in one direction, large metadata, deadlines, ends from either side."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        texts = [b"%d" % number * 1000 for number in range(30)]
+        assert channel.stream_unary("/pb.Echo/Join")(iter(texts), timeout=30) == b"".join(texts)
+        repeat = channel.unary_stream("/pb.Echo/Repeat")
+        assert list(repeat(b"z" * 20_000, timeout=30)) == [b"z" * 20_000] * 20
+        large, binary = "m" * 7000, bytes(range(256))
+        has_deadline, call = channel.unary_unary("/pb.Echo/Meta").with_call(
+            b"", timeout=30, metadata=(("x-large", large), ("x-b-bin", binary))
+        )
+        assert has_deadline == b"True"
+        told = dict(call.initial_metadata())
+        assert (told["x-large"], told["x-b-bin"]) == (large, binary)
+        wait = channel.unary_stream("/pb.Echo/Wait")
+        # The caller cancels; its deadline passes: either way the server hears of it.
+        calls = [wait(b"hi", timeout=30), wait(b"hi", timeout=0.5)]
+        assert [next(each) for each in calls] == [b"hi", b"hi"]
+        calls[0].cancel()
+        codes = []
+        for each in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(each)
+            codes.append(caught.value.code())
+            assert left.acquire(timeout=30)
+        assert codes == [grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED]
+        broken = channel.unary_stream("/pb.Echo/Break")(b"one", timeout=30)
+        assert next(broken) == b"one"
+        with pytest.raises(grpc.RpcError) as caught:
+            next(broken)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.details() == "enough: \xe4 %"
+
+
 async def test_grpcio_on_both_sides() -> None:
-    echo = service("echo", 1, protocol=AppProtocol.GRPC, ports=(7070,))
-    with grpc_server(key("echo")) as workload:
+    echo, server = service("echo", 1, protocol=AppProtocol.GRPC, ports=(7070,)), _Echo()
+    with grpc_server(key("echo"), echo=server) as workload:
         async with running_waypoint([echo, workload]) as mesh:
             port = await mesh.listen("10.96.0.1:7070")
             await trio.to_thread.run_sync(_calls, port)
+            await trio.to_thread.run_sync(_harder_calls, port, server.left)
+
+
+async def test_grpc_web_is_plain_http() -> None:
+    async with (
+        running_app("web-1", key("web")) as app,
+        running_waypoint([service("web", 1), app.workload]) as mesh,
+    ):
+        for kind in ("application/grpc-web", "application/grpc-web-text", "application/grpcish"):
+            stream = await mesh.open("10.96.0.1:80")
+            answer = await fetch(
+                stream, "/echo", method="POST", body=b"\0\0\0\0\0", headers=[("content-type", kind)]
+            )
+            assert (answer[0].status_code, answer[1]) == (200, b"\0\0\0\0\0")
 
 
 async def test_grpc_routes_answer_what_they_do_not_know() -> None:

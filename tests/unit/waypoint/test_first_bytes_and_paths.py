@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.errors import Refusal
 from mesh.hbone.head import parse_authority
@@ -52,7 +54,14 @@ def test_the_server_name_of_a_real_hello() -> None:
         ("/app/%2f", "/app/%2f", "/app/%2f", "/app/%2f", "/app/"),
         ("/app\\admin", "/app\\admin", "/app/admin", "/app/admin", "/app/admin"),
         ("/xyz%30..//abc", "/xyz%30..//abc", "/xyz0..//abc", "/xyz0../abc", "/xyz0../abc"),
-        ("/a/%252e", "/a/%252e", "/a/%252e", "/a/%252e", "/a/%252e"),
+        ("/a/%252f", "/a/%252f", "/a/%252f", "/a/%252f", "/a/%252f"),
+        ("/a;x=1/b", "/a;x=1/b", "/a;x=1/b", "/a;x=1/b", "/a;x=1/b"),
+        ("/a/..b/.c/d..", "/a/..b/.c/d..", "/a/..b/.c/d..", "/a/..b/.c/d..", "/a/..b/.c/d.."),
+        ("/a/%c3%a4%20%3b", *["/a/%c3%a4%20%3b"] * 4),
+        ("/..", "/..", "/", "/", "/"),
+        ("/../../a", "/../../a", "/a", "/a", "/a"),
+        ("/a/./b/.", "/a/./b/.", "/a/b/", "/a/b/", "/a/b/"),
+        ("*", "*", "*", "*", "*"),
         ("/plain/path", "/plain/path", "/plain/path", "/plain/path", "/plain/path"),
     ],
 )
@@ -61,6 +70,37 @@ def test_path_normalization(path: str, none: str, base: str, merge: str, decode:
     for mode, wanted in zip(modes, (none, base, merge, decode), strict=True):
         assert normalizer(mode)(path.encode()) == wanted.encode(), mode
     assert normalizer("BASE")(b"/a%00") is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a/..;/b", "/a/..;x=1/b", "/a/.;/b", "/a/..;", "/a/%2e%2e;/b", "/a/..%2fb", "/a/..%2F",
+        "/a%2f../b", "/a%2f..", "/a/..%5cb", "/a%5c..%5cb", "/a/%252e%252e/b", "/a/%25252e./b",
+        "/a/..%252fb", "/a/%c0%ae%c0%ae/b", "/a/..%c0%afb", "/a/%e0%80%ae./b", "/a/..%c1%9cb",
+        "/a/.%3b/b", "/%25252525252525252e", "/a%", "/a%zz", "/a%2", "/a%2%66", "/a%u002e",
+        "/a%00", "/a/%2e%00",
+    ],
+)  # fmt: skip
+def test_paths_that_endpoints_may_read_otherwise_are_refused(path: str) -> None:
+    modes: tuple[Mode, ...] = ("BASE", "MERGE_SLASHES")
+    assert [normalizer(mode)(path.encode()) for mode in modes] == [None, None]
+    # Where slashes are decoded this path is either plain, or refused as well.
+    decoded = normalizer("DECODE_AND_MERGE_SLASHES")(path.encode())
+    assert decoded is None or not {b"..", b"."} & set(decoded.split(b"/"))
+
+
+@given(
+    st.lists(st.sampled_from(["/", ".", "..", "%2e", "%2f", "%5c", "\\", ";", "a", "%25", "//"]))
+)
+def test_a_normal_path_is_its_own_normal_form(parts: list[str]) -> None:
+    path = ("/" + "".join(parts)).encode()
+    modes: tuple[Mode, ...] = ("BASE", "MERGE_SLASHES", "DECODE_AND_MERGE_SLASHES")
+    for mode in modes:
+        once = normalizer(mode)(path)
+        if once is not None:
+            assert normalizer(mode)(once) == once
+            assert not {b"..", b"."} & set(once.split(b"/"))
 
 
 def test_only_those_who_use_this_waypoint_are_served() -> None:

@@ -676,3 +676,17 @@ def test_two_streams_in_one_buffer_where_one_cuts_the_other() -> None:
     feed(core, data(1, b"a"), data(3, b"b" * 10)[:12])
     feed(core, b"b" * 7)
     assert recorder.take() == [("data", 1, b"a"), ("closed", 3)]
+
+
+def test_trailers_of_a_request_are_no_answer_to_it() -> None:
+    core, recorder = client()
+    stream = core.open(BLOCK, None)
+    core.send_headers(stream, encode_block([(b"x-sum", b"1")]), end_stream=True)
+    feed(core, headers(1, encode_block([(b":status", b"200")])), data(1, b"ok", END))
+    kinds = [event[0] for event in recorder.take() if event[0] != "settings"]
+    assert kinds == ["headers", "data", "end", "closed"]
+    # Nor does a block without a status pass as one.
+    stream = core.open(BLOCK, None)
+    core.send_headers(stream, encode_block([(b"x-sum", b"1")]), end_stream=True)
+    feed(core, headers(3, encode_block([(b"x", b"y")]), WHOLE | END))
+    assert [event[0] for event in recorder.take()] == ["closed", "reset"]

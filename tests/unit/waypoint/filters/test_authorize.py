@@ -239,3 +239,71 @@ WORDS = st.text("ab/*", min_size=1, max_size=5)
 def test_strings_are_what_the_api_says(patterns: list[str], value: str) -> None:
     expected = any(_naive(pattern, value) for pattern in patterns)
     assert bool(any_of(patterns)(value.encode())) is expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/admin", b"/admin;x=1", b"/admin;x/", b"/admin/;x", b"//admin", b"/%61dmin", b"/admin%2f",
+        b"/admin%2fx", b"/x//admin", b"/admin//x", b"/%2fadmin", b"/admin%3bx",
+    ],
+)  # fmt: skip
+def test_a_path_that_an_endpoint_may_take_for_a_denied_one_is_denied(path: bytes) -> None:
+    denied = policy(to(paths=("/admin", "/admin/*", "/x/admin")), action="DENY")
+    allowed = policy(to(paths=("/*",), not_paths=("/admin", "/admin/*", "/x/admin")))
+    assert not Authorizer([denied]).judge(request(path=path)).is_allowed
+    assert not Authorizer([allowed]).judge(request(path=path)).is_allowed
+
+
+@pytest.mark.parametrize("path", [b"/public;/x", b"//public/x", b"/%70ublic/x", b"/public%2fx"])
+def test_only_the_path_as_it_is_sent_opens_a_door(path: bytes) -> None:
+    judge = Authorizer([policy(to(paths=("/public/*",)))]).judge
+    assert not judge(request(path=path)).is_allowed
+    assert judge(request(path=b"/public/x;y%2f")).is_allowed
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_denied"),
+    [
+        ([b"admin"], True),
+        ([b"user", b"admin"], True),
+        ([b"user,admin"], True),
+        ([b"user , admin\t,x", b"y"], True),
+        ([b"user"], False),
+        ([b"administrator"], False),
+        ([], False),
+    ],
+)
+def test_no_member_of_a_field_hides_from_a_denial(sent: list[bytes], is_denied: bool) -> None:
+    fields = Headers([(b"x-role", value) for value in sent])
+    denied = policy(when("request.headers[X-Role]", "admin"), action="DENY")
+    assert Authorizer([denied]).judge(request(headers=fields)).is_allowed is not is_denied
+    unless = policy(when("request.headers[x-role]", "*", unless=("admin",)))
+    allowed = Authorizer([unless]).judge(request(headers=fields)).is_allowed
+    assert allowed is (bool(sent) and not is_denied)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sent"),
+    [
+        ("host", "admin.shop", {"authority": b"Admin.shop.:8080"}),
+        (":authority", "admin.shop", {"authority": b"admin.shop:80"}),
+        (":method", "DELETE", {"method": b"DELETE"}),
+        (":path", "/a?b=c", {"path": b"/a", "query": b"b=c"}),
+        ("upgrade", "websocket", {"upgrade": b"foo, WebSocket"}),
+        ("Upgrade", "*", {"upgrade": b"foo"}),
+    ],
+)
+def test_what_is_no_field_any_more_can_be_denied_by_its_name(
+    key: str, value: str, sent: dict[str, bytes]
+) -> None:
+    judge = Authorizer([policy(when(f"request.headers[{key}]", value), action="DENY")]).judge
+    assert not judge(request(**sent)).is_allowed
+    assert judge(request()).is_allowed
+
+
+@pytest.mark.parametrize("key", ["connection", "TE", "Transfer-Encoding"])
+def test_a_field_between_neighbours_cannot_be_judged_and_denies(key: str) -> None:
+    for action in ("ALLOW", "DENY"):
+        judge = Authorizer([policy(when(f"request.headers[{key}]", "x"), action=action)]).judge
+        assert "no policy sees it" in judge(request()).reason
