@@ -48,6 +48,7 @@ from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
+from waypoint.counters import Counters
 from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
 from waypoint.proxy import Proxy
@@ -81,7 +82,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:
             journal = Journal(access, HttpMetrics(registry))
-            proxy = Proxy(config, store, reactor, secrets, journal, nursery)
+            counters = Counters(registry)
+            proxy = Proxy(config, store, reactor, secrets, journal, counters, nursery)
             inbounds = Inbounds(proxy)
             start = nursery.start_soon
             pages = (

@@ -35,6 +35,7 @@ from waypoint.filters.chain import (
     Wait,
 )
 from waypoint.filters.redact.filter import RedactionFilter
+from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
 
@@ -194,6 +195,8 @@ class Exchange:
         if self._done:
             return
         plan.change_request(self.request)
+        if plan.mirrors:
+            self._body_in = open_mirrors(self, plan.mirrors, self._body_in)
         timers = self.inbound.proxy.timers
         if plan.request_timeout is not None:
             self._deadline = self.started_at + plan.request_timeout

@@ -17,6 +17,7 @@ from typing import Protocol
 from mesh.model.route import (
     Backend,
     HeaderChange,
+    Mirror,
     Retry,
     Rewrite,
     Route,
@@ -64,6 +65,7 @@ class Forward:
     backend_timeout: float | None = None
     retry: Retry | None = None
     session: SessionPersistence | None = None
+    mirrors: tuple[Mirror, ...] = ()
 
     def filters_with(self, others: Sequence[Filter]) -> Sequence[Filter]:
         """The rule's filters, then the service's."""
@@ -155,12 +157,18 @@ def _make_filters(
     """Filters of the kinds that are not carried out here, and the name of one nobody knows."""
     made: list[Filter] = []
     for each in filters:
-        own = (each.request_headers, each.response_headers, each.redirect, each.rewrite)
+        own = (
+            each.request_headers,
+            each.response_headers,
+            each.redirect,
+            each.rewrite,
+            each.mirror,
+        )
         if any(part is not None for part in own):
             continue
         found = make(each)
         if found is None:
-            kinds = {"mirror": each.mirror, "cors": each.cors, "fault": each.fault}
+            kinds = {"cors": each.cors, "fault": each.fault}
             return (), each.extension or next(
                 (name for name, part in kinds.items() if part is not None), "without a type"
             )
@@ -205,6 +213,9 @@ def _outcome(
         backend_timeout=rule.backend_timeout or None,
         retry=rule.retry,
         session=rule.session,
+        mirrors=tuple(
+            each.mirror for each in (*rule.filters, *backend.filters) if each.mirror is not None
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from mesh.runtime import lifecycle
 from mesh.secrets import SecretManager
 from mesh.tls.contexts import TlsContexts
 from waypoint.config import WaypointConfig
+from waypoint.counters import Counters
 from waypoint.dial import Dialler
 from waypoint.record import Journal
 from waypoint.timers import Timers
@@ -35,6 +36,7 @@ class Proxy:
         reactor: Reactor,
         secrets: SecretManager,
         journal: Journal,
+        counters: Counters,
         nursery: trio.Nursery,
     ) -> None:
         self.config = config
@@ -42,12 +44,14 @@ class Proxy:
         self.reactor = reactor
         self.secrets = secrets
         self.journal = journal
+        self.counters = counters
         self.identity = SpiffeId(config.trust_domain, config.pod_namespace, config.service_account)
         self.contexts = TlsContexts()
         # Spreads load and names traces; nothing secret depends on it.
         self.rng = random.Random()  # noqa: S311
         self.version = 0
         self.is_draining = False
+        self.mirrors_in_flight = 0
         self._nursery = nursery
         self._later: list[Callable[[], None]] = []
         self.timers = Timers()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -21,8 +21,10 @@ from mesh.model.balancing import Candidate, find_candidates
 from mesh.model.route import DEFAULT_BACKEND, BackendSettings
 from mesh.model.service import AppProtocol
 from mesh.model.workload import NamespacedHostname
+from waypoint.filters.chain import Request
 from waypoint.h1_up import H1Up
 from waypoint.h2_up import H2Up
+from waypoint.streams import Answered, Upstream
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
@@ -34,6 +36,22 @@ _EWMA_SHARE: Final = 0.2
 _FIRST_GUESS_SECONDS: Final = 0.005
 _MAX_EJECTION_SECONDS: Final = 300.0
 _HTTP2 = frozenset({AppProtocol.HTTP2, AppProtocol.GRPC})
+
+
+class Try(Answered, Protocol):
+    """Who asks an endpoint for a connection: an exchange, or the copy of one."""
+
+    request: Request
+    started_at: float
+    tries: int
+
+    def waits_for(self, endpoint: Endpoint, number: int) -> bool:
+        """Whether try `number` still wants a connection to `endpoint`."""
+        ...
+
+    def connected(self, up: Upstream) -> None:
+        """Here it is."""
+        ...
 
 
 class Endpoint:
@@ -63,7 +81,7 @@ class Endpoint:
         self._settings: BackendSettings = DEFAULT_BACKEND
         self._idle: list[H1Up] = []
         self._h2: list[H2Up] = []
-        self._waiting: list[tuple[Exchange, int]] = []
+        self._waiting: list[tuple[Try, int]] = []
         self._is_dialling = False
         self.is_http2 = False
         self._ewma = _FIRST_GUESS_SECONDS
@@ -82,7 +100,7 @@ class Endpoint:
         self._settings = settings
         self.active += 1
 
-    def open(self, exchange: Exchange) -> None:
+    def open(self, exchange: Try) -> None:
         """Connect `exchange`: now, if a connection is idle, else as soon as there is one."""
         if self.is_http2 or exchange.request.is_grpc:
             self._open_http2(exchange)
@@ -96,7 +114,7 @@ class Endpoint:
                 return
         self._proxy.start(functools.partial(self._connect, exchange, exchange.tries))
 
-    def _open_http2(self, exchange: Exchange) -> None:
+    def _open_http2(self, exchange: Try) -> None:
         for each in self._h2:
             if each.can_open:
                 exchange.connected(each.new_stream(exchange))
@@ -133,7 +151,7 @@ class Endpoint:
         if channel in self._h2:
             self._h2.remove(channel)
 
-    async def _connect(self, exchange: Exchange, number: int) -> None:
+    async def _connect(self, exchange: Try, number: int) -> None:
         transport: Transport | None = None
         reason = "internal error"
         try:
@@ -193,7 +211,7 @@ class Endpoint:
             seconds = outlier.base_ejection_seconds * self._ejections
             self.ejected_until = time.monotonic() + min(seconds, _MAX_EJECTION_SECONDS)
 
-    def release(self, exchange: Exchange) -> None:
+    def release(self, exchange: Try) -> None:
         """The try is over."""
         now = time.monotonic()
         self.active -= 1

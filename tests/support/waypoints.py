@@ -211,6 +211,14 @@ async def fetch(
     return response, received
 
 
+async def scrape(mesh: Mesh) -> str:
+    """The waypoint's metrics, as text."""
+    host, _, port = mesh.config.stats_address.rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stats:
+        await stats.send_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n")
+        return (await settle(stats, b"never")).decode()
+
+
 def header(response: h11.Response, name: str) -> str:
     """The values of a header, joined."""
     return ",".join(v.decode() for k, v in response.headers if k == name.encode())
