@@ -22,7 +22,7 @@ import trio
 
 from mesh.errors import Refusal
 from mesh.http import h1
-from waypoint import heads
+from waypoint import deadline, heads
 from waypoint.filters.chain import (
     Blocked,
     BodyFilter,
@@ -169,7 +169,21 @@ class Exchange:
                 self._body_in = [*(self._body_in or ()), body]
         if self._body_in is not None and not self.is_request_done:
             self.request.headers.remove(b"content-length")
+        if self._held:
+            self._filter_held()
         self._forward(plan)
+
+    def _filter_held(self) -> None:
+        """What came of the body while a filter waited: the body's filters see it all the same."""
+        held, filters = self._held, self._body_in
+        if held is None or filters is None:
+            return
+        early = bytes(held)
+        del held[:]
+        held += self._filtered(filters, memoryview(early))
+        if self.is_request_done and not self._done:
+            held += self._filtered(filters, None)
+            self.request.headers.remove(b"content-length")
 
     async def _wait(self, verdict: Wait, plan: Forward | Answer) -> None:
         """A filter's question. If cancelled: the exchange ended meanwhile."""
@@ -198,8 +212,9 @@ class Exchange:
         if plan.mirrors:
             self._body_in = open_mirrors(self, plan.mirrors, self._body_in)
         timers = self.inbound.proxy.timers
-        if plan.request_timeout is not None:
-            self._deadline = self.started_at + plan.request_timeout
+        seconds = deadline.request_seconds(plan.request_timeout, self.request)
+        if seconds is not None:
+            self._deadline = self.started_at + seconds
             left = max(0.0, self._deadline - time.monotonic())
             self._timer = timers.after(left, self._timed_out)
         self._try()
@@ -217,11 +232,18 @@ class Exchange:
             self._answer(Respond(chosen.http_status, flag=chosen.flag, reason=chosen.reason))
             return
         self._endpoint = chosen
-        if plan.backend_timeout is not None:
-            self._per_try = self.inbound.proxy.timers.after(
-                plan.backend_timeout, self._try_timed_out
-            )
+        if self._deadline or plan.backend_timeout is not None:
+            self._limit_try(plan.backend_timeout)
         chosen.open(self)
+
+    def _limit_try(self, seconds: float | None) -> None:
+        """Start the clock of this try, and tell the endpoint of it."""
+        left = max(0.0, self._deadline - time.monotonic()) if self._deadline else None
+        if seconds is not None and (left is None or seconds < left):
+            self._per_try = self.inbound.proxy.timers.after(seconds, self._try_timed_out)
+        told = deadline.shortest(left, seconds)
+        if told is not None:
+            deadline.tell(self.request.headers, told, is_grpc=self.request.is_grpc)
 
     def waits_for(self, endpoint: Endpoint, number: int) -> bool:
         """Whether try `number` still wants a connection to `endpoint`."""
@@ -366,8 +388,6 @@ class Exchange:
         self._started = True
         self.status = response.status
         self._note_grpc(response.headers.pairs)
-        if self._per_try is not None:
-            self._per_try.cancel()
         self._held = None
         self._down.send_head(response, ends=ends, switches=switches)
         if self._down.is_blocked and self._up is not None:
@@ -493,15 +513,28 @@ class Exchange:
     def _timed_out(self) -> None:
         if self._done:
             return
-        self.flag, self.reason = "UT", "the request's timeout passed"
-        if self._started:
-            self._cut()
+        self._give_up("the request's timeout passed")
+
+    def _give_up(self, reason: str) -> None:
+        """No time is left: 504, or what has begun ends visibly."""
+        if not self._started:
+            self._answer(deadline.exceeded(reason))
+            return
+        self.flag, self.reason = "UT", reason
+        if self.request.is_grpc and self._body_out is None:
+            self.grpc_status = str(deadline.DEADLINE_EXCEEDED)
+            down = self._down
+            self._finish()
+            down.send_end(deadline.TRAILERS)
         else:
-            self._answer(Respond(504, flag="UT", reason=self.reason))
+            self._cut()
 
     def _try_timed_out(self) -> None:
         plan = self._plan
-        if self._done or self._started or plan is None:
+        if self._done or plan is None:
+            return
+        if self._started:
+            self._give_up("the try's timeout passed")
             return
         up, self._up = self._up, None
         if up is not None:
@@ -513,7 +546,7 @@ class Exchange:
         if retry is not None and self.tries <= retry.attempts and kept:
             self._retry("the try's timeout passed")
         else:
-            self._answer(Respond(504, flag="UT", reason="the try's timeout passed"))
+            self._answer(deadline.exceeded("the try's timeout passed"))
 
     # ---- the end
 
