@@ -86,6 +86,11 @@ class WaypointConfig:
     pool_max_streams: int = setting(
         env="POOL_MAX_STREAMS_PER_CONNECTION", default=100, doc="Tunnels on one connection."
     )
+    max_active_requests: int = setting(
+        env="MAX_ACTIVE_REQUESTS",
+        default=10_000,
+        doc="Requests in flight, of all services; more are answered 503 at once. 0: no bound.",
+    )
     redaction_keys: Path = setting(
         env="REDACTION_KEYS",
         default=Path("/var/run/secrets/ambit/redaction"),

@@ -114,6 +114,7 @@ class Exchange:
         self.started_at = now = time.monotonic()
         self.is_request_done = ends
         inbound.active += 1
+        inbound.proxy.in_flight += 1
         traffic = inbound.traffic()
         normal = traffic.normalize(path)
         self.request = request = Request(
@@ -129,6 +130,9 @@ class Exchange:
         for name, value in pairs:
             if name == b"content-type":
                 request.is_grpc = value.startswith(b"application/grpc")
+        if inbound.proxy.in_flight > inbound.proxy.max_in_flight:
+            self._answer(inbound.proxy.shed())
+            return
         plan = traffic.routes.plan(request, inbound.source_namespace, inbound.rng)
         request.route, request.rule = plan.route, plan.rule
         if isinstance(plan, Forward):
@@ -226,8 +230,9 @@ class Exchange:
             return
         self.tries += 1
         chosen = self.inbound.proxy.upstreams.choose(
-            plan.backend.service, plan.backend.port, self.inbound, self._excluded or ()
-        )
+            plan.backend.service, plan.backend.port, self.inbound, self._excluded or (),
+            self.request, plan.session,
+        )  # fmt: skip
         if isinstance(chosen, Refusal):
             self._answer(Respond(chosen.http_status, flag=chosen.flag, reason=chosen.reason))
             return
@@ -500,13 +505,11 @@ class Exchange:
             endpoint.release(self)
             self._excluded = (self._excluded or set()) | {endpoint}
         upstreams = self.inbound.proxy.upstreams
-        if not self._budgeted:
-            if not upstreams.may_retry(plan.backend.service, self):
-                reason = f"{reason}; the retry budget is spent"
-                self._answer(Respond(503, flag="URX", reason=reason))
-                return
-            self._budgeted = True
-            upstreams.retrying()
+        if not upstreams.may_retry(plan.backend, is_first=not self._budgeted):
+            reason = f"{reason}; the retry budget is spent"
+            self._answer(Respond(503, flag="URX", reason=reason))
+            return
+        self._budgeted = True
         pause = plan.backoff(self.tries, self.inbound.rng)
         self.inbound.proxy.timers.after(pause, self._try)
 
@@ -596,8 +599,9 @@ class Exchange:
             up.cancel()
         inbound = self.inbound
         inbound.active -= 1
+        inbound.proxy.in_flight -= 1
         inbound.proxy.journal.finished(self, self._endpoint)
         if self._endpoint is not None:
             self._endpoint.release(self)
-        if self._budgeted:
-            inbound.proxy.upstreams.retried()
+        if self._budgeted and self._plan is not None:
+            inbound.proxy.upstreams.retried(self._plan.backend)

@@ -23,9 +23,9 @@ from mesh.model.route import (
     Route,
     RouteFilter,
     RouteRule,
-    SessionPersistence,
 )
 from waypoint import heads
+from waypoint.balance.session import AFFINITY, Session
 from waypoint.filters.chain import Filter, Request, Respond, Response
 from waypoint.match import MatchTable
 
@@ -64,7 +64,7 @@ class Forward:
     request_timeout: float | None = None
     backend_timeout: float | None = None
     retry: Retry | None = None
-    session: SessionPersistence | None = None
+    session: Session | None = None
     mirrors: tuple[Mirror, ...] = ()
 
     def filters_with(self, others: Sequence[Filter]) -> Sequence[Filter]:
@@ -83,8 +83,9 @@ class Forward:
                 request.path = heads.new_path(request.path, change.path, self.prefix)
 
     def change_response(self, request: Request, response: Response) -> None:
-        """The backend's, then the rule's."""
-        del request
+        """The backend's, then the rule's; what begins a session comes first."""
+        if request.notes and AFFINITY in request.notes:
+            response.headers.add(*request.notes.pop(AFFINITY))
         for change in self.response_changes:
             heads.change(response.headers, change)
 
@@ -103,22 +104,44 @@ _BROKEN = Respond(500, flag="NC")
 class _Rule:
     """A rule, ready: a redirect, or its backends by weight."""
 
-    __slots__ = ("_cumulative", "_only", "_outcomes", "_redirect", "_total")
+    __slots__ = (
+        "_cumulative",
+        "_of_session",
+        "_only",
+        "_outcomes",
+        "_redirect",
+        "_session",
+        "_total",
+    )
 
     def __init__(self, route: Route, index: int, make: MakeFilter) -> None:
         rule = route.rules[index]
         name = rule.name or str(index)
         self._redirect = next((f.redirect for f in rule.filters if f.redirect is not None), None)
         self._only: Answer | None = None
+        self._session: Session | None = None
+        self._of_session: dict[bytes, Plan] = {}
+        if rule.session is not None:
+            self._session = Session(rule.session, f"{route.kind} {route.key} {index}")
         made, missing = _make_filters(rule.filters, make)
         usable = [each for each in rule.backends if each.weight > 0]
         if missing:
             self._only = Answer(_because(f"filter {missing} is not known"), route.key, name)
         elif self._redirect is None and not usable:
             self._only = Answer(_because("the rule has no backend"), route.key, name)
-        self._outcomes: list[Plan] = [
-            _outcome(route, rule, name, backend, made, make) for backend in usable
+        outcomes = [
+            _outcome(route, rule, name, backend, made, make, self._session)
+            for backend in rule.backends
         ]
+        self._outcomes: list[Plan] = [
+            each
+            for each, backend in zip(outcomes, rule.backends, strict=True)
+            if backend.weight > 0
+        ]
+        for each in outcomes if self._session is not None else ():
+            if isinstance(each, Forward) and self._session is not None:
+                token = self._session.backend_token(each.backend.service, each.backend.port)
+                self._of_session.setdefault(token, each)
         self._cumulative = list(itertools.accumulate(each.weight for each in usable))
         self._total = self._cumulative[-1] if usable else 0
         if self._redirect is not None and self._only is None:
@@ -134,6 +157,12 @@ class _Rule:
             prefix = stub.prefix if isinstance(stub, Forward) else ""
             respond = heads.redirect(request, self._redirect, prefix)
             return Answer(respond, stub.route, stub.rule)
+        if self._session is not None:
+            # A session that lives goes before weights, a weight of nothing too.
+            brought = self._session.read(request)
+            known = self._of_session.get(brought[0]) if brought is not None else None
+            if known is not None:
+                return known
         if len(self._outcomes) == 1:
             return self._outcomes[0]
         return self._outcomes[bisect.bisect_right(self._cumulative, rng.random() * self._total)]
@@ -183,6 +212,7 @@ def _outcome(
     backend: Backend,
     made: tuple[Filter, ...],
     make: MakeFilter,
+    session: Session | None,
 ) -> Plan:
     if backend.problem:
         status = 503 if route.kind == "GRPCRoute" else 500
@@ -212,7 +242,7 @@ def _outcome(
         request_timeout=rule.request_timeout or None,
         backend_timeout=rule.backend_timeout or None,
         retry=rule.retry,
-        session=rule.session,
+        session=session,
         mirrors=tuple(
             each.mirror for each in (*rule.filters, *backend.filters) if each.mirror is not None
         ),

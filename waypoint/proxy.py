@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 
 import trio
 
@@ -20,6 +21,7 @@ from mesh.tls.contexts import TlsContexts
 from waypoint.config import WaypointConfig
 from waypoint.counters import Counters
 from waypoint.dial import Dialler
+from waypoint.filters.chain import Respond
 from waypoint.record import Journal
 from waypoint.timers import Timers
 from waypoint.traffic import TrafficStore
@@ -51,7 +53,8 @@ class Proxy:
         self.rng = random.Random()  # noqa: S311
         self.version = 0
         self.is_draining = False
-        self.mirrors_in_flight = 0
+        self.mirrors_in_flight = self.in_flight = 0
+        self.max_in_flight = config.max_active_requests or float("inf")
         self._nursery = nursery
         self._later: list[Callable[[], None]] = []
         self.timers = Timers()
@@ -63,6 +66,15 @@ class Proxy:
     def now(self) -> float:
         """Monotonic seconds."""
         return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return datetime.now(UTC).timestamp()
+
+    def shed(self) -> Respond:
+        """What a request too many is answered."""
+        self.counters.shed.labels("active").inc()
+        return Respond(503, flag="UO", reason="the waypoint has as many requests as it takes")
 
     def changed(self) -> None:
         """The Store changed: nothing derived from it holds any more."""
