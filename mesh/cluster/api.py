@@ -79,6 +79,8 @@ _GROUP_OF = {
     "RequestAuthentication": "security.istio.io",
     "ServiceEntry": "networking.istio.io",
     "WorkloadEntry": "networking.istio.io",
+    "DestinationRule": "networking.istio.io",
+    "XBackendTrafficPolicy": "gateway.networking.x-k8s.io",
     "Gateway": "gateway.networking.k8s.io",
     "GatewayClass": "gateway.networking.k8s.io",
     "HTTPRoute": "gateway.networking.k8s.io",

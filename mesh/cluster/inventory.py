@@ -33,6 +33,7 @@ from mesh.cluster.routes import (
     parse_tcp_route,
     parse_tls_route,
 )
+from mesh.cluster.traffic_policies import parse_backend_traffic_policy, parse_destination_rule
 from mesh.errors import ConfigError
 
 M = TypeVar("M", bound=Metadata)
@@ -47,6 +48,8 @@ PARSERS: Mapping[str, Parser] = {
     "EndpointSlice": parse_endpoint_slice,
     "ServiceEntry": parse_service_entry,
     "WorkloadEntry": parse_workload_entry,
+    "DestinationRule": parse_destination_rule,
+    "XBackendTrafficPolicy": parse_backend_traffic_policy,
     "AuthorizationPolicy": parse_authorization_policy,
     "PeerAuthentication": parse_peer_authentication,
     "RequestAuthentication": parse_request_authentication,
