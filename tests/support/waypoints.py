@@ -179,10 +179,11 @@ async def fetch(
     headers: Sequence[tuple[str, str]] = (),
     body: bytes = b"",
     connection: h11.Connection | None = None,
+    host: str = "web.shop",
 ) -> tuple[h11.Response, bytes]:
     """One request over HTTP/1.1, spoken by h11."""
     talk = connection or h11.Connection(h11.CLIENT)
-    fields = [("host", "web.shop"), *headers]
+    fields = [("host", host), *headers]
     if body and not any(name == "transfer-encoding" for name, _ in headers):
         fields.append(("content-length", str(len(body))))
     out = talk.send(h11.Request(method=method, target=target, headers=fields)) or b""
@@ -348,7 +349,7 @@ async def running_app(
         addresses=(NODE_IP,),
         tunnel_protocol=TunnelProtocol.HBONE if in_mesh else TunnelProtocol.NONE,
         service_account=account,
-        services={each: {80: port, 7070: port, 9090: port} for each in services},
+        services={each: {80: port, 7070: port, 8080: port, 9090: port} for each in services},
     )
     app = App(workload)
     async with trio.open_nursery() as nursery:
