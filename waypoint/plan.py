@@ -285,9 +285,11 @@ class Routes:
         routes = self._set(port, namespace)
         if not routes:
             return self._default(port).backend
+        if routes[0].kind == "TLSRoute":
+            # The most specific name goes first; of equals the older route, as they stand.
+            fits = [(_fit(route.hostnames, server_name), route) for route in routes]
+            routes = [r for fit, r in sorted(fits, key=lambda each: -each[0]) if fit]
         for route in routes:
-            if route.kind == "TLSRoute" and not _names(route.hostnames, server_name):
-                continue
             backends = [b for rule in route.rules for b in rule.backends if b.weight > 0]
             total = list(itertools.accumulate(each.weight for each in backends))
             if not total:
@@ -325,10 +327,14 @@ class Routes:
         return []
 
 
-def _names(hostnames: Sequence[str], server_name: str) -> bool:
-    """Whether a TLSRoute names a server; `*.` stands for one or more labels."""
-    name = server_name.lower()
-    return any(
-        name == each or (each[:2] == "*." and name.endswith(each[1:]) and len(name) > len(each) - 1)
-        for each in map(str.lower, hostnames)
-    )
+def _fit(hostnames: Sequence[str], server_name: str) -> int:
+    """How well a TLSRoute names a server: 0 not at all, most as it is called. `*.` stands for one
+    or more labels; the longer what follows it, the better.
+    """
+    name, best = server_name.lower(), 0
+    for each in map(str.lower, hostnames):
+        if name == each:
+            return 1000
+        if each[:2] == "*." and name.endswith(each[1:]) and len(name) > len(each) - 1:
+            best = max(best, len(each))
+    return best
