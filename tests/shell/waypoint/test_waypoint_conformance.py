@@ -142,9 +142,9 @@ def _is_near(counts: Counter[str]) -> bool:
 
 
 async def _weigh(client: _Client) -> None:
-    for _ in range(2):
+    for _ in range(4):
         counts: Counter[str] = Counter()
-        for _ in range(1000):
+        for _ in range(500):
             response, body = await client.ask(Case("/"))
             assert response.status_code == 200
             counts[body.decode()] += 1
@@ -162,8 +162,8 @@ def _call(port: int, count: int, *metadata: tuple[str, str]) -> list[list[str]]:
 
 async def _weigh_grpc(mesh: Mesh) -> None:
     port = await mesh.listen(f"{ADDRESSES['echo']}:7070")
-    for _ in range(2):
-        said = await trio.to_thread.run_sync(_call, port, 1000)
+    for _ in range(4):
+        said = await trio.to_thread.run_sync(_call, port, 500)
         counts = Counter(lines[0] for lines in said)
         if _is_near(counts):
             return
