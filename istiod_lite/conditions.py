@@ -83,6 +83,7 @@ class Fragment:
     listeners: tuple[ListenerStatus, ...] = ()
     addresses: tuple[tuple[str, str], ...] = ()
     ancestors: tuple[AncestorStatus, ...] | None = None
+    features: tuple[str, ...] = ()
 
 
 def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
@@ -108,6 +109,8 @@ def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
         new["conditions"] = foreign + _conditions(old, fragment.conditions, generation, now)
     if fragment.addresses:
         new["addresses"] = [{"type": kind, "value": value} for kind, value in fragment.addresses]
+    if fragment.features:
+        new["supportedFeatures"] = [{"name": each} for each in fragment.features]
     if fragment.listeners:
         before = {each.get("name"): each for each in _list(status.get("listeners"))}
         new["listeners"] = [

@@ -22,11 +22,12 @@ from istiod_lite.conditions import (
     ListenerStatus,
     ParentStatus,
 )
+from istiod_lite.features import FEATURES
 from istiod_lite.index import ClusterIndex
 from istiod_lite.routes import Attachment
 from istiod_lite.subscriptions import Share
 from mesh.cluster.api import Ref
-from mesh.cluster.gateways import Gateway
+from mesh.cluster.gateways import WAYPOINT_CONTROLLER, Gateway, GatewayClass, XMesh
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
 from mesh.cluster.objects import Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy
@@ -67,6 +68,11 @@ def each_status(index: ClusterIndex, shares: Shares) -> Iterator[tuple[Ref, Frag
             if conditions := _policy(index, policy.ref, policy, shares):
                 yield policy.ref, Fragment(conditions)
     yield from status_backends.each_status(index, shares)
+    classes = [(each.ref, each.controller) for each in inventory.all(GatewayClass)]
+    meshes = [(each.ref, each.controller) for each in inventory.all(XMesh)]
+    for ref, controller in (*classes, *meshes):
+        if controller == WAYPOINT_CONTROLLER:
+            yield ref, Fragment((Condition("Accepted", "True", "Accepted"),), features=FEATURES)
     for ref in list(index.traffic.unreadable()):
         yield ref, Fragment(_twice(ref, _unreadable(index, ref, WAYPOINT_ACCEPTED)))
 

@@ -45,6 +45,7 @@ KINDS = (
     *backends.KINDS,
     "Gateway",
     "GatewayClass",
+    "XMesh",
     "ReferenceGrant",
 )
 SHOWS_IDENTITY = "ambient.istio.io/xfcc-include-client-identity"

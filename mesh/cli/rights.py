@@ -59,7 +59,7 @@ def controller_rights(values: Values) -> list[Object]:
         _rule(
             "networking.istio.io", ("serviceentries", "workloadentries", "destinationrules"), _READ
         ),
-        _rule("gateway.networking.x-k8s.io", ("xbackendtrafficpolicies",), _READ),
+        _rule("gateway.networking.x-k8s.io", ("xbackendtrafficpolicies", "xmeshes"), _READ),
         _rule(GATEWAY_API, ("gateways", "gatewayclasses", "referencegrants", *_ROUTES), _READ),
         _rule("ambit.dev", ("ratelimitpolicies", "redactionpolicies"), _READ),
         # Whose token is this?
@@ -82,7 +82,11 @@ def controller_rights(values: Values) -> list[Object]:
             ("patch",),
         ),
         _rule("networking.istio.io", ("destinationrules/status",), ("patch",)),
-        _rule("gateway.networking.x-k8s.io", ("xbackendtrafficpolicies/status",), ("patch",)),
+        _rule(
+            "gateway.networking.x-k8s.io",
+            ("xbackendtrafficpolicies/status", "xmeshes/status"),
+            ("patch",),
+        ),
         _rule("ambit.dev", ("ratelimitpolicies/status", "redactionpolicies/status"), ("patch",)),
         _rule("", ("services/status",), ("patch",)),
         _rule("", ("events",), ("create", "patch")),

@@ -11,7 +11,12 @@ from typing import TypeAlias, TypeVar, cast
 
 from mesh.cluster.api import Object, Ref, Source, located
 from mesh.cluster.entries import parse_service_entry, parse_workload_entry
-from mesh.cluster.gateways import parse_gateway, parse_gateway_class, parse_reference_grant
+from mesh.cluster.gateways import (
+    parse_gateway,
+    parse_gateway_class,
+    parse_mesh,
+    parse_reference_grant,
+)
 from mesh.cluster.l7_policies import (
     parse_rate_limit_policy,
     parse_redaction_policy,
@@ -58,6 +63,7 @@ PARSERS: Mapping[str, Parser] = {
     "Gateway": parse_gateway,
     "GatewayClass": parse_gateway_class,
     "ReferenceGrant": parse_reference_grant,
+    "XMesh": parse_mesh,
     "HTTPRoute": parse_http_route,
     "GRPCRoute": parse_grpc_route,
     "TCPRoute": parse_tcp_route,

@@ -8,6 +8,7 @@ import pytest
 
 from istiod_lite.backends import KINDS
 from istiod_lite.conditions import merged
+from istiod_lite.features import FEATURES
 from istiod_lite.index import KINDS as WATCHED
 from istiod_lite.status import changed, statuses
 from istiod_lite.subscriptions import Share
@@ -156,6 +157,28 @@ def test_rules_are_told_whether_they_hold() -> None:
     assert _said(held)[0] == "False Invalid"
     alone = Held(namespace("shop"), service(), _rule())
     assert _said(alone)[0] == "False AncestorNotBound"
+
+
+def test_our_class_and_mesh_say_what_we_can_do() -> None:
+    held = _bound(
+        obj("GatewayClass", "istio-waypoint", "", "gateway.networking.k8s.io/v1",
+            spec={"controllerName": "istio.io/mesh-controller"}),
+        obj("GatewayClass", "theirs", "", "gateway.networking.k8s.io/v1",
+            spec={"controllerName": "example.com/gateway"}),
+        obj("XMesh", "ambit", "", EXPERIMENTAL,
+            spec={"controllerName": "istio.io/mesh-controller"}),
+    )  # fmt: skip
+    found = statuses(held.index, lambda *_: ALL)
+    assert Ref("GatewayClass", "", "theirs") not in found
+    for ref in (Ref("GatewayClass", "", "istio-waypoint"), Ref("XMesh", "", "ambit")):
+        patch = merged({"metadata": {"generation": 1}}, found[ref], "2026-05-01T00:00:00Z")
+        assert patch is not None
+        assert [each["reason"] for each in patch["conditions"]] == ["Accepted"]
+        names = [each["name"] for each in patch["supportedFeatures"]]
+        assert names == sorted(set(names))
+        assert len(names) <= 64
+        assert sum(name.startswith("Mesh") for name in names) == 1 + 9
+    assert set(names) == set(FEATURES)
 
 
 def test_policies_of_the_gateway_api_are_told_for_each_target() -> None:
