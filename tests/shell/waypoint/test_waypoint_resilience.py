@@ -180,3 +180,32 @@ async def test_spent_budgets_and_ejection() -> None:
             for _ in range(20):
                 assert (await fetch(stream, connection=talk))[0].status_code == 200
             assert len(a.requests) == asked, "it is ejected"
+
+
+async def test_an_endpoint_that_dies_is_hidden_by_another_try() -> None:
+    killed = trio.Event()
+
+    async def mortal(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            async with stream:
+                while not killed.is_set() and await stream.receive_some(65536):
+                    if killed.is_set():
+                        return  # with the request in its hands
+                    await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\na")
+
+    async with (
+        running_app("a", key("web"), serve=mortal) as a,
+        running_app("b", key("web")) as b,
+        running_waypoint([service("web", 1), a.workload, b.workload]) as mesh,
+    ):
+        stream, talk = await mesh.open("10.96.0.1:80"), h11.Connection(h11.CLIENT)
+        bodies = set()
+        with trio.fail_after(20):
+            while len(bodies) < 2:
+                bodies.add((await fetch(stream, connection=talk))[1])
+        killed.set()
+        asked = len(b.requests)
+        for _ in range(40):
+            response, body = await fetch(stream, connection=talk)
+            assert (response.status_code, body) == (200, b"b")
+        assert len(b.requests) == asked + 40
