@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mesh.cluster.api import Object
+from mesh.cluster.api import Object, Ref
 from mesh.cluster.gateways import GATEWAY_GROUP, WAYPOINT_CONTROLLER
 from mesh.cluster.routes import ParentRef
 
@@ -34,6 +34,7 @@ OURS = frozenset(
     }
 )
 MAX_MESSAGE = 4096
+MAX_ANCESTORS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,14 @@ class ParentStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class AncestorStatus:
+    """What is said of a policy at one of its targets: a Service of its own namespace."""
+
+    target: Ref
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerStatus:
     """What is said of one listener."""
 
@@ -65,12 +74,16 @@ class ListenerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Our part of one object's status. `parents` None: it is no route."""
+    """Our part of one object's status. `parents` None: it is no route; `ancestors` None: it is no
+    policy of the Gateway API.
+    """
 
     conditions: tuple[Condition, ...] = ()
     parents: tuple[ParentStatus, ...] | None = None
     listeners: tuple[ListenerStatus, ...] = ()
     addresses: tuple[tuple[str, str], ...] = ()
+    ancestors: tuple[AncestorStatus, ...] | None = None
+    features: tuple[str, ...] = ()
 
 
 def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
@@ -85,6 +98,8 @@ def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
     new: dict[str, Any] = {}
     if fragment.parents is not None:
         new["parents"] = _parents(status.get("parents"), fragment.parents, generation, now)
+    elif fragment.ancestors is not None:
+        new["ancestors"] = _ancestors(status.get("ancestors"), fragment.ancestors, generation, now)
     else:
         old = _list(status.get("conditions"))
         # On a Service only names with our domains are ours: others have an Accepted, too.
@@ -94,6 +109,8 @@ def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
         new["conditions"] = foreign + _conditions(old, fragment.conditions, generation, now)
     if fragment.addresses:
         new["addresses"] = [{"type": kind, "value": value} for kind, value in fragment.addresses]
+    if fragment.features:
+        new["supportedFeatures"] = [{"name": each} for each in fragment.features]
     if fragment.listeners:
         before = {each.get("name"): each for each in _list(status.get("listeners"))}
         new["listeners"] = [
@@ -146,27 +163,49 @@ def _parents(
     old: Any, wanted: Iterable[ParentStatus], generation: Any, now: str
 ) -> list[dict[str, Any]]:
     entries = _list(old)
-    found = [each for each in entries if each.get("controllerName") != WAYPOINT_CONTROLLER]
+    found = _foreign(entries)
     for each in wanted:
         ref = _parent_ref(each.parent)
-        before = next(
-            (
-                entry
-                for entry in entries
-                if entry.get("parentRef") == ref
-                and entry.get("controllerName") == WAYPOINT_CONTROLLER
-            ),
-            {},
-        )
-        known = _list(before.get("conditions"))
-        found.append(
-            {
-                "parentRef": ref,
-                "controllerName": WAYPOINT_CONTROLLER,
-                "conditions": _conditions(known, each.conditions, generation, now),
-            }
-        )
+        found.append(_entry("parentRef", ref, entries, each.conditions, generation, now))
     return found
+
+
+def _ancestors(
+    old: Any, wanted: Iterable[AncestorStatus], generation: Any, now: str
+) -> list[dict[str, Any]]:
+    entries = _list(old)
+    found = _foreign(entries)
+    for each in wanted:
+        ref = {"group": "", "kind": each.target.kind, "name": each.target.name}
+        if len(found) < MAX_ANCESTORS:
+            found.append(_entry("ancestorRef", ref, entries, each.conditions, generation, now))
+    return found
+
+
+def _foreign(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each for each in entries if each.get("controllerName") != WAYPOINT_CONTROLLER]
+
+
+def _entry(
+    key: str,
+    ref: dict[str, Any],
+    entries: list[dict[str, Any]],
+    conditions: Iterable[Condition],
+    generation: Any,
+    now: str,
+) -> dict[str, Any]:
+    """Our entry for `ref`; conditions that stay keep their time."""
+    mine = (
+        entry
+        for entry in entries
+        if entry.get(key) == ref and entry.get("controllerName") == WAYPOINT_CONTROLLER
+    )
+    known = _list(next(mine, {}).get("conditions"))
+    return {
+        key: ref,
+        "controllerName": WAYPOINT_CONTROLLER,
+        "conditions": _conditions(known, conditions, generation, now),
+    }
 
 
 def _parent_ref(parent: ParentRef) -> dict[str, Any]:

@@ -9,10 +9,13 @@ its `problem`, and the waypoint denies what the policy was for.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from istiod_lite.policies import DRY_RUN
 from mesh.cluster.api import Object, Ref
 from mesh.cluster.fields import Reader
 from mesh.cluster.policies import AuthorizationPolicy, Condition, Operation, Source, TargetRef
+from mesh.cluster.routes import RouteView
 from mesh.errors import ConfigError
 from mesh.model import l7_policy as model
 
@@ -145,3 +148,24 @@ def targets_of_unreadable(ref: Ref, obj: Object) -> tuple[TargetRef, ...] | None
 
 
 _ALL = (TargetRef("", "Namespace", ""),)
+
+
+def narrowed(policy: Policy, view: RouteView, sections: set[str]) -> Policy:
+    """A policy as it concerns some rules of a route, or all of it."""
+    name = f"{view.namespace}/{view.name}"
+    unknown = sections - {each.name for each in view.rules} - {""}
+    if unknown and isinstance(policy, model.RateLimitPolicy | model.RedactionPolicy):
+        # A policy for a rule that there is not would be one that nobody enforces.
+        return replace(policy, problem=f"{view.ref} has no rule named {min(unknown)}")
+    rules = (name,) if "" in sections else tuple(f"{name}/{each}" for each in sorted(sections))
+    match policy:
+        case model.RateLimitPolicy():
+            limits = (
+                replace(each, condition=replace(each.condition, route_rules=rules))
+                for each in policy.rules
+            )
+            return replace(policy, rules=tuple(limits))
+        case model.RedactionPolicy():
+            return replace(policy, condition=replace(policy.condition, route_rules=rules))
+        case _:
+            return policy

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
-from istiod_lite import bindings, guards
+from istiod_lite import bindings, guards, status_backends
 from istiod_lite.conditions import (
     WAYPOINT_ACCEPTED,
     WAYPOINT_BOUND,
@@ -22,11 +22,12 @@ from istiod_lite.conditions import (
     ListenerStatus,
     ParentStatus,
 )
+from istiod_lite.features import FEATURES
 from istiod_lite.index import ClusterIndex
 from istiod_lite.routes import Attachment
 from istiod_lite.subscriptions import Share
 from mesh.cluster.api import Ref
-from mesh.cluster.gateways import Gateway
+from mesh.cluster.gateways import WAYPOINT_CONTROLLER, Gateway, GatewayClass, XMesh
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
 from mesh.cluster.objects import Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy
@@ -66,6 +67,12 @@ def each_status(index: ClusterIndex, shares: Shares) -> Iterator[tuple[Ref, Frag
         for policy in list(inventory.all(each)):
             if conditions := _policy(index, policy.ref, policy, shares):
                 yield policy.ref, Fragment(conditions)
+    yield from status_backends.each_status(index, shares)
+    classes = [(each.ref, each.controller) for each in inventory.all(GatewayClass)]
+    meshes = [(each.ref, each.controller) for each in inventory.all(XMesh)]
+    for ref, controller in (*classes, *meshes):
+        if controller == WAYPOINT_CONTROLLER:
+            yield ref, Fragment((Condition("Accepted", "True", "Accepted"),), features=FEATURES)
     for ref in list(index.traffic.unreadable()):
         yield ref, Fragment(_twice(ref, _unreadable(index, ref, WAYPOINT_ACCEPTED)))
 
@@ -359,4 +366,11 @@ def changed(old: dict[Ref, Fragment], new: dict[Ref, Fragment]) -> Iterable[tupl
         if old.get(ref) != fragment:
             yield ref, fragment
     for ref in old.keys() - new.keys():
-        yield ref, Fragment(parents=() if old[ref].parents is not None else None)
+        gone = old[ref]
+        yield (
+            ref,
+            Fragment(
+                parents=() if gone.parents is not None else None,
+                ancestors=() if gone.ancestors is not None else None,
+            ),
+        )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from istiod_lite import bindings, guards, l7_policies, routes
+from istiod_lite import backends, bindings, guards, l7_policies, routes
 from istiod_lite.bindings import Binding, Waypoint
 from istiod_lite.l7_policies import POLICY_KINDS, Policy
 from istiod_lite.relation import Relation
@@ -33,12 +33,21 @@ from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAu
 from mesh.cluster.objects import Metadata, Namespace, Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy, TargetRef
 from mesh.cluster.routes import ROUTE_KINDS, ROUTES, RouteView
+from mesh.cluster.traffic_policies import DestinationRule, XBackendTrafficPolicy
 from mesh.model import l7_policy as model
 from mesh.model.authorization import Authorization
 from mesh.model.route import Route
 from mesh.model.workload import GatewayAddress
 
-KINDS = (*ROUTE_KINDS, *POLICY_KINDS[1:], "Gateway", "GatewayClass", "ReferenceGrant")
+KINDS = (
+    *ROUTE_KINDS,
+    *POLICY_KINDS[1:],
+    *backends.KINDS,
+    "Gateway",
+    "GatewayClass",
+    "XMesh",
+    "ReferenceGrant",
+)
 SHOWS_IDENTITY = "ambient.istio.io/xfcc-include-client-identity"
 EXPLAINS = "ambit.dev/explain-denials"
 
@@ -75,6 +84,10 @@ class TrafficIndex:
         """The Services that a route names as parents."""
         return self._parents.of(route)
 
+    def parents_by_backend(self, service: Ref) -> list[Ref]:
+        """The Services whose routes lead to `service`."""
+        return self._parents_of(self._backends.to(service))
+
     def targets(self, policy: Ref) -> tuple[Ref, ...]:
         """What a policy is attached to, whether it exists or not."""
         return self._targets.of(policy)
@@ -101,6 +114,13 @@ class TrafficIndex:
                 return [*self._gateways_of(old, new), *self._guarded_by(old, new)]
             case Service():
                 return self._parents_of(self._backends.to(ref))
+            case DestinationRule() | XBackendTrafficPolicy():
+                states = [each for each in (old, new) if isinstance(each, _BACKENDS)]
+                found = backends.touched(self._mesh, self._inventory, *states)
+                return [
+                    *found,
+                    *(self._parents_of(route for ref in found for route in self._backends.to(ref))),
+                ]
             case RouteView():
                 return self._set_route(ref, new if isinstance(new, RouteView) else None)
             case (
@@ -226,7 +246,11 @@ class TrafficIndex:
         old_key = self._keys.pop(ref, "")
         if binding.is_served and gateway is not None:
             key = self._mesh.service_key(ref.namespace, ref.name)
-            config = self._config(gateway, key, attached, outcome.routes)
+            config = replace(
+                self._config(gateway, key, attached, outcome.routes),
+                backend=backends.settings_of(self._mesh, service, self._inventory),
+                backends=backends.of_routes(self._mesh, outcome.routes, self._inventory),
+            )
             self._keep(config)
             self._keys[ref] = config.key
         if old_key and old_key != self._keys.get(ref):
@@ -354,7 +378,7 @@ class TrafficIndex:
     def _policy_on_route(self, ref: Ref, view: RouteView) -> Policy:
         refs = getattr(self._inventory.view(ref), "target_refs", ())
         sections = {each.section for each in refs if self.target(ref, each) == view.ref}
-        return _narrowed(self._policy(ref), view, sections or {""})
+        return l7_policies.narrowed(self._policy(ref), view, sections or {""})
 
     def _config(
         self,
@@ -393,6 +417,7 @@ class TrafficIndex:
 
 
 _VIEWS: dict[str, type[RouteView]] = {each.__name__: each for each in ROUTES}
+_BACKENDS = (DestinationRule, XBackendTrafficPolicy)
 _CLASS = Ref("GatewayClass", "", WAYPOINT_CLASS)
 
 
@@ -417,24 +442,3 @@ def _translate(view: Metadata | None, ref: Ref, source: str, problem: str) -> Po
             return replace(view.policy, source=source)
         case _:
             return l7_policies.closed(ref, problem, source)
-
-
-def _narrowed(policy: Policy, view: RouteView, sections: set[str]) -> Policy:
-    """A policy as it concerns some rules of a route, or all of it."""
-    name = f"{view.namespace}/{view.name}"
-    unknown = sections - {each.name for each in view.rules} - {""}
-    if unknown and isinstance(policy, model.RateLimitPolicy | model.RedactionPolicy):
-        # A policy for a rule that there is not would be one that nobody enforces.
-        return replace(policy, problem=f"{view.ref} has no rule named {min(unknown)}")
-    rules = (name,) if "" in sections else tuple(f"{name}/{each}" for each in sorted(sections))
-    match policy:
-        case model.RateLimitPolicy():
-            limits = (
-                replace(each, condition=replace(each.condition, route_rules=rules))
-                for each in policy.rules
-            )
-            return replace(policy, rules=tuple(limits))
-        case model.RedactionPolicy():
-            return replace(policy, condition=replace(policy.condition, route_rules=rules))
-        case _:
-            return policy

@@ -48,6 +48,7 @@ from mesh.xds.traffic import TRAFFIC_TYPE
 from mesh.xds.translate import ADDRESS_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
+from waypoint.counters import Counters
 from waypoint.filters.redact.audit import open_audit
 from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
@@ -83,7 +84,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
         async with trio.open_nursery() as nursery:
             audit = open_audit(config)
             journal = Journal(access, HttpMetrics(registry), audit)
-            proxy = Proxy(config, store, reactor, secrets, journal, nursery)
+            counters = Counters(registry)
+            proxy = Proxy(config, store, reactor, secrets, journal, counters, nursery)
             inbounds = Inbounds(proxy)
             proxy.on_change = inbounds.rejudge
             start = nursery.start_soon

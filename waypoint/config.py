@@ -101,6 +101,11 @@ class WaypointConfig:
         default=64 << 20,
         doc="Receive window for all connections together, in bytes, beyond each one's first.",
     )
+    max_active_requests: int = setting(
+        env="MAX_ACTIVE_REQUESTS",
+        default=10_000,
+        doc="Requests in flight, of all services; more are answered 503 at once. 0: no bound.",
+    )
     redaction_keys: Path = setting(
         env="REDACTION_KEYS",
         default=Path("/var/run/secrets/ambit/redaction"),

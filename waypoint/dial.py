@@ -37,12 +37,12 @@ class Dialler:
         self._sockets: weakref.WeakSet[SocketTransport] = weakref.WeakSet()
         self.pool = Pool(self._dial_tunnels, nursery, max_streams=proxy.config.pool_max_streams)
 
-    async def dial(self, candidate: Candidate) -> Transport:
-        """A transport to an endpoint's port, not started. Raises Unavailable, Denied,
-        IdentityError. If cancelled: nothing is left open.
+    async def dial(self, candidate: Candidate, seconds: float = 0.0) -> Transport:
+        """A transport to an endpoint's port, not started, within `seconds` (0: as configured).
+        Raises Unavailable, Denied, IdentityError. If cancelled: nothing is left open.
         """
         proxy, workload = self._proxy, candidate.workload
-        seconds = proxy.config.connect_timeout_seconds
+        seconds = seconds or proxy.config.connect_timeout_seconds
         ip = choose_address(workload, proxy.config.instance_ip, IpFamilies.AUTOMATIC)
         if ip is None:
             raise Unavailable(f"workload {workload.uid} has no address")

@@ -22,7 +22,7 @@ import trio
 
 from mesh.errors import Refusal
 from mesh.http import h1
-from waypoint import heads
+from waypoint import deadline, heads
 from waypoint.filters.chain import (
     Blocked,
     BodyFilter,
@@ -40,6 +40,7 @@ from waypoint.filters.redact.filter import (
     hide_attributes,
     redact_trailers,
 )
+from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
 
@@ -118,6 +119,7 @@ class Exchange:
         self.started_at = now = time.monotonic()
         self.is_request_done = ends
         inbound.active += 1
+        inbound.proxy.in_flight += 1
         traffic = inbound.traffic()
         normal = traffic.normalize(path)
         self.request = request = Request(
@@ -133,6 +135,9 @@ class Exchange:
         for name, value in pairs:
             if name == b"content-type":
                 request.is_grpc = heads.is_grpc(value)
+        if inbound.proxy.in_flight > inbound.proxy.max_in_flight:
+            self._answer(inbound.proxy.shed())
+            return
         plan = traffic.routes.plan(request, inbound.source_namespace, inbound.rng)
         request.route, request.rule = plan.route, plan.rule
         if isinstance(plan, Forward):
@@ -177,7 +182,21 @@ class Exchange:
                 self._body_in = [*(self._body_in or ()), body]
         if self._body_in is not None and not self.is_request_done:
             self.request.headers.remove(b"content-length")
+        if self._held:
+            self._filter_held()
         self._forward(plan)
+
+    def _filter_held(self) -> None:
+        """What came of the body while a filter waited: the body's filters see it all the same."""
+        held, filters = self._held, self._body_in
+        if held is None or filters is None:
+            return
+        early = bytes(held)
+        del held[:]
+        held += self._filtered(filters, memoryview(early))
+        if self.is_request_done and not self._done:
+            held += self._filtered(filters, None)
+            self.request.headers.remove(b"content-length")
 
     async def _wait(self, verdict: Wait, plan: Forward | Answer) -> None:
         """A filter's question. If cancelled: the exchange ended meanwhile."""
@@ -203,9 +222,12 @@ class Exchange:
         if self._done:
             return
         plan.change_request(self.request)
+        if plan.mirrors:
+            self._body_in = open_mirrors(self, plan.mirrors, self._body_in)
         timers = self.inbound.proxy.timers
-        if plan.request_timeout is not None:
-            self._deadline = self.started_at + plan.request_timeout
+        seconds = deadline.request_seconds(plan.request_timeout, self.request)
+        if seconds is not None:
+            self._deadline = self.started_at + seconds
             left = max(0.0, self._deadline - time.monotonic())
             self._timer = timers.after(left, self._timed_out)
         self._try()
@@ -217,17 +239,25 @@ class Exchange:
             return
         self.tries += 1
         chosen = self.inbound.proxy.upstreams.choose(
-            plan.backend.service, plan.backend.port, self.inbound, self._excluded or ()
-        )
+            plan.backend.service, plan.backend.port, self.inbound, self._excluded or (),
+            self.request, plan.session,
+        )  # fmt: skip
         if isinstance(chosen, Refusal):
             self._answer(Respond(chosen.http_status, flag=chosen.flag, reason=chosen.reason))
             return
         self._endpoint = chosen
-        if plan.backend_timeout is not None:
-            self._per_try = self.inbound.proxy.timers.after(
-                plan.backend_timeout, self._try_timed_out
-            )
+        if self._deadline or plan.backend_timeout is not None:
+            self._limit_try(plan.backend_timeout)
         chosen.open(self)
+
+    def _limit_try(self, seconds: float | None) -> None:
+        """Start the clock of this try, and tell the endpoint of it."""
+        left = max(0.0, self._deadline - time.monotonic()) if self._deadline else None
+        if seconds is not None and (left is None or seconds < left):
+            self._per_try = self.inbound.proxy.timers.after(seconds, self._try_timed_out)
+        told = deadline.shortest(left, seconds)
+        if told is not None:
+            deadline.tell(self.request.headers, told, is_grpc=self.request.is_grpc)
 
     def waits_for(self, endpoint: Endpoint, number: int) -> bool:
         """Whether try `number` still wants a connection to `endpoint`."""
@@ -385,8 +415,6 @@ class Exchange:
         self._started = True
         self.status = response.status
         self._note_grpc(response.headers.pairs)
-        if self._per_try is not None:
-            self._per_try.cancel()
         self._held = None
         self._down.send_head(response, ends=ends, switches=switches)
         if self._down.is_blocked and self._up is not None:
@@ -506,28 +534,39 @@ class Exchange:
             endpoint.release(self)
             self._excluded = (self._excluded or set()) | {endpoint}
         upstreams = self.inbound.proxy.upstreams
-        if not self._budgeted:
-            if not upstreams.may_retry(plan.backend.service, self):
-                reason = f"{reason}; the retry budget is spent"
-                self._answer(Respond(503, flag="URX", reason=reason))
-                return
-            self._budgeted = True
-            upstreams.retrying()
+        if not upstreams.may_retry(plan.backend, is_first=not self._budgeted):
+            reason = f"{reason}; the retry budget is spent"
+            self._answer(Respond(503, flag="URX", reason=reason))
+            return
+        self._budgeted = True
         pause = plan.backoff(self.tries, self.inbound.rng)
         self.inbound.proxy.timers.after(pause, self._try)
 
     def _timed_out(self) -> None:
         if self._done:
             return
-        self.flag, self.reason = "UT", "the request's timeout passed"
-        if self._started:
-            self._cut()
+        self._give_up("the request's timeout passed")
+
+    def _give_up(self, reason: str) -> None:
+        """No time is left: 504, or what has begun ends visibly."""
+        if not self._started:
+            self._answer(deadline.exceeded(reason))
+            return
+        self.flag, self.reason = "UT", reason
+        if self.request.is_grpc and self._body_out is None:
+            self.grpc_status = str(deadline.DEADLINE_EXCEEDED)
+            down = self._down
+            self._finish()
+            down.send_end(deadline.TRAILERS)
         else:
-            self._answer(Respond(504, flag="UT", reason=self.reason))
+            self._cut()
 
     def _try_timed_out(self) -> None:
         plan = self._plan
-        if self._done or self._started or plan is None:
+        if self._done or plan is None:
+            return
+        if self._started:
+            self._give_up("the try's timeout passed")
             return
         up, self._up = self._up, None
         if up is not None:
@@ -539,7 +578,7 @@ class Exchange:
         if retry is not None and self.tries <= retry.attempts and kept:
             self._retry("the try's timeout passed")
         else:
-            self._answer(Respond(504, flag="UT", reason="the try's timeout passed"))
+            self._answer(deadline.exceeded("the try's timeout passed"))
 
     # ---- the end
 
@@ -589,8 +628,9 @@ class Exchange:
             up.cancel()
         inbound = self.inbound
         inbound.active -= 1
+        inbound.proxy.in_flight -= 1
         inbound.proxy.journal.finished(self, self._endpoint)
         if self._endpoint is not None:
             self._endpoint.release(self)
-        if self._budgeted:
-            inbound.proxy.upstreams.retried()
+        if self._budgeted and self._plan is not None:
+            inbound.proxy.upstreams.retried(self._plan.backend)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _HEAD, _LENGTH, _CHUNKED, _WAIT, _RAW, _CLOSED, _UNREAD = range(7)
 _MAX_WAITING = 64 << 10
 _NO_BODY = frozenset({204, 304})
+_LAST_CALL_SECONDS = 2.0
 
 
 class H1Down:
@@ -251,7 +252,16 @@ class H1Down:
     # ---- ends
 
     def drain(self) -> None:
-        """No further request after this one; an idle connection ends now."""
+        """The next answer says `connection: close`. What was told that it may send another request
+        (it is idle, or its answer has begun) is given a moment to: a request that is on its way
+        already would be lost.
+        """
+        if self._exchange is not None and not self._started:
+            self._close_after = True
+        proxy = self._inbound.proxy
+        proxy.timers.after(min(_LAST_CALL_SECONDS, proxy.config.drain_seconds / 4), self._end_idle)
+
+    def _end_idle(self) -> None:
         self._close_after = True
         if self._state in {_HEAD, _UNREAD} and not self._buffer:
             self._end(abort=False)

@@ -69,13 +69,23 @@ class _Features:
         """The first value of a parameter, decoded."""
         found = self._queries
         if found is None:
-            found = self._queries = {}
-            for part in self.request.query.split(b"&"):
-                key, _, value = part.partition(b"=")
-                decoded = urllib.parse.unquote_to_bytes(key)
-                if part and decoded not in found:
-                    found[decoded] = urllib.parse.unquote_to_bytes(value)
+            found = self._queries = _parameters(self.request.query)
         return found.get(name)
+
+
+def _parameters(query: bytes) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = {}
+    for part in query.split(b"&"):
+        key, _, value = part.partition(b"=")
+        decoded = urllib.parse.unquote_to_bytes(key)
+        if part and decoded not in found:
+            found[decoded] = urllib.parse.unquote_to_bytes(value)
+    return found
+
+
+def first_parameter(query: bytes, name: bytes) -> bytes | None:
+    """The first value of a query's parameter, decoded; None without one."""
+    return _parameters(query).get(name)
 
 
 class MatchTable(Generic[T]):

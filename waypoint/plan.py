@@ -17,14 +17,15 @@ from typing import Protocol
 from mesh.model.route import (
     Backend,
     HeaderChange,
+    Mirror,
     Retry,
     Rewrite,
     Route,
     RouteFilter,
     RouteRule,
-    SessionPersistence,
 )
 from waypoint import heads
+from waypoint.balance.session import AFFINITY, Session
 from waypoint.filters.chain import Filter, Request, Respond, Response
 from waypoint.match import MatchTable
 
@@ -63,7 +64,8 @@ class Forward:
     request_timeout: float | None = None
     backend_timeout: float | None = None
     retry: Retry | None = None
-    session: SessionPersistence | None = None
+    session: Session | None = None
+    mirrors: tuple[Mirror, ...] = ()
 
     def filters_with(self, others: Sequence[Filter]) -> Sequence[Filter]:
         """The rule's filters, then the service's."""
@@ -81,8 +83,9 @@ class Forward:
                 request.path = heads.new_path(request.path, change.path, self.prefix)
 
     def change_response(self, request: Request, response: Response) -> None:
-        """The backend's, then the rule's."""
-        del request
+        """The backend's, then the rule's; what begins a session comes first."""
+        if request.notes and AFFINITY in request.notes:
+            response.headers.add(*request.notes.pop(AFFINITY))
         for change in self.response_changes:
             heads.change(response.headers, change)
 
@@ -101,22 +104,44 @@ _BROKEN = Respond(500, flag="NC")
 class _Rule:
     """A rule, ready: a redirect, or its backends by weight."""
 
-    __slots__ = ("_cumulative", "_only", "_outcomes", "_redirect", "_total")
+    __slots__ = (
+        "_cumulative",
+        "_of_session",
+        "_only",
+        "_outcomes",
+        "_redirect",
+        "_session",
+        "_total",
+    )
 
     def __init__(self, route: Route, index: int, make: MakeFilter) -> None:
         rule = route.rules[index]
         name = rule.name or str(index)
         self._redirect = next((f.redirect for f in rule.filters if f.redirect is not None), None)
         self._only: Answer | None = None
+        self._session: Session | None = None
+        self._of_session: dict[bytes, Plan] = {}
+        if rule.session is not None:
+            self._session = Session(rule.session, f"{route.kind} {route.key} {index}")
         made, missing = _make_filters(rule.filters, make)
         usable = [each for each in rule.backends if each.weight > 0]
         if missing:
             self._only = Answer(_because(f"filter {missing} is not known"), route.key, name)
         elif self._redirect is None and not usable:
             self._only = Answer(_because("the rule has no backend"), route.key, name)
-        self._outcomes: list[Plan] = [
-            _outcome(route, rule, name, backend, made, make) for backend in usable
+        outcomes = [
+            _outcome(route, rule, name, backend, made, make, self._session)
+            for backend in rule.backends
         ]
+        self._outcomes: list[Plan] = [
+            each
+            for each, backend in zip(outcomes, rule.backends, strict=True)
+            if backend.weight > 0
+        ]
+        for each in outcomes if self._session is not None else ():
+            if isinstance(each, Forward) and self._session is not None:
+                token = self._session.backend_token(each.backend.service, each.backend.port)
+                self._of_session.setdefault(token, each)
         self._cumulative = list(itertools.accumulate(each.weight for each in usable))
         self._total = self._cumulative[-1] if usable else 0
         if self._redirect is not None and self._only is None:
@@ -132,6 +157,12 @@ class _Rule:
             prefix = stub.prefix if isinstance(stub, Forward) else ""
             respond = heads.redirect(request, self._redirect, prefix)
             return Answer(respond, stub.route, stub.rule)
+        if self._session is not None:
+            # A session that lives goes before weights, a weight of nothing too.
+            brought = self._session.read(request)
+            known = self._of_session.get(brought[0]) if brought is not None else None
+            if known is not None:
+                return known
         if len(self._outcomes) == 1:
             return self._outcomes[0]
         return self._outcomes[bisect.bisect_right(self._cumulative, rng.random() * self._total)]
@@ -155,12 +186,18 @@ def _make_filters(
     """Filters of the kinds that are not carried out here, and the name of one nobody knows."""
     made: list[Filter] = []
     for each in filters:
-        own = (each.request_headers, each.response_headers, each.redirect, each.rewrite)
+        own = (
+            each.request_headers,
+            each.response_headers,
+            each.redirect,
+            each.rewrite,
+            each.mirror,
+        )
         if any(part is not None for part in own):
             continue
         found = make(each)
         if found is None:
-            kinds = {"mirror": each.mirror, "cors": each.cors, "fault": each.fault}
+            kinds = {"cors": each.cors, "fault": each.fault}
             return (), each.extension or next(
                 (name for name, part in kinds.items() if part is not None), "without a type"
             )
@@ -175,6 +212,7 @@ def _outcome(
     backend: Backend,
     made: tuple[Filter, ...],
     make: MakeFilter,
+    session: Session | None,
 ) -> Plan:
     if backend.problem:
         status = 503 if route.kind == "GRPCRoute" else 500
@@ -204,7 +242,10 @@ def _outcome(
         request_timeout=rule.request_timeout or None,
         backend_timeout=rule.backend_timeout or None,
         retry=rule.retry,
-        session=rule.session,
+        session=session,
+        mirrors=tuple(
+            each.mirror for each in (*rule.filters, *backend.filters) if each.mirror is not None
+        ),
     )
 
 
@@ -244,9 +285,11 @@ class Routes:
         routes = self._set(port, namespace)
         if not routes:
             return self._default(port).backend
+        if routes[0].kind == "TLSRoute":
+            # The most specific name goes first; of equals the older route, as they stand.
+            fits = [(_fit(route.hostnames, server_name), route) for route in routes]
+            routes = [r for fit, r in sorted(fits, key=lambda each: -each[0]) if fit]
         for route in routes:
-            if route.kind == "TLSRoute" and not _names(route.hostnames, server_name):
-                continue
             backends = [b for rule in route.rules for b in rule.backends if b.weight > 0]
             total = list(itertools.accumulate(each.weight for each in backends))
             if not total:
@@ -284,10 +327,14 @@ class Routes:
         return []
 
 
-def _names(hostnames: Sequence[str], server_name: str) -> bool:
-    """Whether a TLSRoute names a server; `*.` stands for one or more labels."""
-    name = server_name.lower()
-    return any(
-        name == each or (each[:2] == "*." and name.endswith(each[1:]) and len(name) > len(each) - 1)
-        for each in map(str.lower, hostnames)
-    )
+def _fit(hostnames: Sequence[str], server_name: str) -> int:
+    """How well a TLSRoute names a server: 0 not at all, most as it is called. `*.` stands for one
+    or more labels; the longer what follows it, the better.
+    """
+    name, best = server_name.lower(), 0
+    for each in map(str.lower, hostnames):
+        if name == each:
+            return 1000
+        if each[:2] == "*." and name.endswith(each[1:]) and len(name) > len(each) - 1:
+            best = max(best, len(each))
+    return best

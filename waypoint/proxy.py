@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 
 import trio
 
@@ -19,7 +20,9 @@ from mesh.runtime import lifecycle
 from mesh.secrets import SecretManager
 from mesh.tls.contexts import TlsContexts
 from waypoint.config import WaypointConfig
+from waypoint.counters import Counters
 from waypoint.dial import Dialler
+from waypoint.filters.chain import Respond
 from waypoint.record import Journal
 from waypoint.timers import Timers
 from waypoint.traffic import TrafficStore
@@ -36,6 +39,7 @@ class Proxy:
         reactor: Reactor,
         secrets: SecretManager,
         journal: Journal,
+        counters: Counters,
         nursery: trio.Nursery,
     ) -> None:
         self.config = config
@@ -43,6 +47,7 @@ class Proxy:
         self.reactor = reactor
         self.secrets = secrets
         self.journal = journal
+        self.counters = counters
         self.identity = SpiffeId(config.trust_domain, config.pod_namespace, config.service_account)
         self.contexts = TlsContexts()
         # Spreads load and names traces; nothing secret depends on it.
@@ -52,6 +57,8 @@ class Proxy:
         self.is_draining = False
         # What peers may send before we take it, of all connections together.
         self.windows = WindowBudget(config.window_budget_bytes)
+        self.mirrors_in_flight = self.in_flight = 0
+        self.max_in_flight = config.max_active_requests or float("inf")
         self._nursery = nursery
         self._later: list[Callable[[], None]] = []
         self.timers = Timers()
@@ -63,6 +70,15 @@ class Proxy:
     def now(self) -> float:
         """Monotonic seconds."""
         return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return datetime.now(UTC).timestamp()
+
+    def shed(self) -> Respond:
+        """What a request too many is answered."""
+        self.counters.shed.labels("active").inc()
+        return Respond(503, flag="UO", reason="the waypoint has as many requests as it takes")
 
     def changed(self) -> None:
         """The Store changed: nothing derived from it holds any more."""

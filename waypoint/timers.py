@@ -10,23 +10,29 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
 from mesh.runtime import lifecycle
 
+_FEW: Final = 256
+
 
 class Timer:
     """A deadline that was set."""
 
-    __slots__ = ("action",)
+    __slots__ = ("_timers", "action")
 
-    def __init__(self, action: Callable[[], None]) -> None:
+    def __init__(self, timers: Timers, action: Callable[[], None]) -> None:
+        self._timers = timers
         self.action: Callable[[], None] | None = action
 
     def cancel(self) -> None:
         """It will not fire. Idempotent."""
-        self.action = None
+        if self.action is not None:
+            self.action = None
+            self._timers.on_cancelled()
 
 
 class Timers:
@@ -35,18 +41,33 @@ class Timers:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
         self._count = itertools.count()
+        self._cancelled = 0
         self._wake = trio.Event()
         self._sleeps_until = float("inf")
 
+    def __len__(self) -> int:
+        """How many are kept, those included that were cancelled a moment ago."""
+        return len(self._heap)
+
     def after(self, seconds: float, action: Callable[[], None]) -> Timer:
         """Call `action` once, in `seconds`."""
-        timer = Timer(action)
+        timer = Timer(self, action)
         due = time.monotonic() + seconds
         heapq.heappush(self._heap, (due, next(self._count), timer))
         if due < self._sleeps_until:
             self._sleeps_until = due
             self._wake.set()
         return timer
+
+    def on_cancelled(self) -> None:
+        """One more that will not fire. When most are such, they are let go: an hour that nobody
+        waits for any more must not be kept for an hour.
+        """
+        self._cancelled += 1
+        if self._cancelled > _FEW and self._cancelled * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].action is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
 
     async def run(self) -> None:
         """Fire what is due, for ever. If cancelled: nothing fires any more."""
@@ -59,9 +80,11 @@ class Timers:
                 await self._wake.wait()
 
     def _fire(self, now: float) -> None:
-        heap = self._heap
-        # Those that were cancelled leave with the first that is due after them.
-        while heap and (heap[0][0] <= now or heap[0][2].action is None):
-            action = heapq.heappop(heap)[2].action
+        # An action may set or cancel others, and so make the heap a new one.
+        while self._heap and (self._heap[0][0] <= now or self._heap[0][2].action is None):
+            timer = heapq.heappop(self._heap)[2]
+            action, timer.action = timer.action, None
             if action is not None:
                 lifecycle.call("timer", action)
+            else:
+                self._cancelled -= 1

@@ -46,6 +46,7 @@ class TrafficStore(Store):
         self._make_route_filter = make_route_filter
         self._configs: dict[str, TrafficConfig] = {}
         self._compiled: dict[str, Traffic] = {}
+        self._backends: dict[str, BackendSettings] = {}
 
     def apply_traffic(self, updated: Sequence[TrafficConfig], removed: Sequence[str]) -> Changed:
         """Insert or replace, then remove by name. Those of other gateways are ignored."""
@@ -57,6 +58,11 @@ class TrafficStore(Store):
             gone = self._configs.pop(name, None)
             if gone is not None:
                 self._forget(gone.service)
+        self._backends = {
+            service: settings
+            for config in self._configs.values()
+            for service, settings in config.backends
+        }
         self.version += 1
         return Changed()
 
@@ -81,10 +87,12 @@ class TrafficStore(Store):
             found = self._compiled[service] = self._compile(service)
         return found
 
-    def settings(self, service: str) -> BackendSettings:
-        """What holds for calls to a service."""
+    def settings(self, service: str, port: int) -> BackendSettings:
+        """What holds for calls to a service's port, one of ours or not."""
         config = self._configs.get(f"{self._gateway}/{service}")
-        return config.backend if config is not None else DEFAULT_BACKEND
+        if config is not None:
+            return config.backend.of(port)
+        return self._backends.get(service, DEFAULT_BACKEND).of(port)
 
     def _compile(self, service: str) -> Traffic:
         nothing = TrafficConfig(self._gateway)

@@ -1,32 +1,35 @@
-"""Endpoints: which one answers a request, and its connections.
+"""Endpoints, their connections, and the bounds of both.
 
-Among the candidates that health and locality leave (`mesh.model.balancing`), two are drawn and the
-one with less expected work wins (requests in flight times a moving average of latency: P2C with
-EWMA). Those that failed several times in a row are left out for a while, a part of all at most;
-retries have a budget, services a limit. Endpoints of the mesh are reached through HBONE under our
-own identity, the others by plain TCP.
+Which one answers is chosen in `waypoint.balance.backend`, among the candidates that health and
+locality leave (`mesh.model.balancing`), by requests in flight times a moving average of latency.
+Those that failed several times in a row are left out for a while. Endpoints of the mesh are reached
+through HBONE under our own identity, the others by plain TCP.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 from mesh.errors import MeshError, Refusal
 from mesh.model.balancing import Candidate, find_candidates
-from mesh.model.route import DEFAULT_BACKEND, BackendSettings
+from mesh.model.route import DEFAULT_BACKEND, Backend, BackendSettings
 from mesh.model.service import AppProtocol
 from mesh.model.workload import NamespacedHostname
+from waypoint.balance.backend import BackendState
+from waypoint.balance.session import Session
+from waypoint.filters.chain import Request
 from waypoint.h1_up import H1Up
 from waypoint.h2_up import H2Up
+from waypoint.streams import Answered, Upstream
 from waypoint.transport import Transport
 
 if TYPE_CHECKING:
-    from waypoint.exchange import Exchange
     from waypoint.inbound import Inbound
     from waypoint.proxy import Proxy
 
@@ -34,6 +37,23 @@ _EWMA_SHARE: Final = 0.2
 _FIRST_GUESS_SECONDS: Final = 0.005
 _MAX_EJECTION_SECONDS: Final = 300.0
 _HTTP2 = frozenset({AppProtocol.HTTP2, AppProtocol.GRPC})
+_NO_ANSWER = frozenset({0, 502, 503, 504})
+
+
+class Try(Answered, Protocol):
+    """Who asks an endpoint for a connection: an exchange, or the copy of one."""
+
+    request: Request
+    started_at: float
+    tries: int
+
+    def waits_for(self, endpoint: Endpoint, number: int) -> bool:
+        """Whether try `number` still wants a connection to `endpoint`."""
+        ...
+
+    def connected(self, up: Upstream) -> None:
+        """Here it is."""
+        ...
 
 
 class Endpoint:
@@ -43,18 +63,24 @@ class Endpoint:
         "_draws",
         "_ejections",
         "_errors",
+        "_errors_5xx",
         "_ewma",
         "_h2",
         "_idle",
         "_is_dialling",
         "_proxy",
+        "_queue",
         "_settings",
+        "_uses",
         "_waiting",
         "active",
         "candidate",
+        "connections",
         "ejected_until",
         "is_http2",
         "last_used",
+        "peers",
+        "turn",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, candidate: Candidate) -> None:
@@ -63,12 +89,15 @@ class Endpoint:
         self._settings: BackendSettings = DEFAULT_BACKEND
         self._idle: list[H1Up] = []
         self._h2: list[H2Up] = []
-        self._waiting: list[tuple[Exchange, int]] = []
+        self._waiting: list[tuple[Try, int]] = []
         self._is_dialling = False
         self.is_http2 = False
         self._ewma = _FIRST_GUESS_SECONDS
-        self._errors = self._ejections = 0
-        self.active = 0
+        self._errors = self._errors_5xx = self._ejections = 0
+        self._queue: deque[tuple[Try, int]] = deque()
+        self._uses: dict[object, int] = {}
+        self.active = self.connections = self.turn = 0
+        self.peers: Sequence[Endpoint] = ()
         self.ejected_until = 0.0
         self.last_used = 0.0
 
@@ -82,7 +111,7 @@ class Endpoint:
         self._settings = settings
         self.active += 1
 
-    def open(self, exchange: Exchange) -> None:
+    def open(self, exchange: Try) -> None:
         """Connect `exchange`: now, if a connection is idle, else as soon as there is one."""
         if self.is_http2 or exchange.request.is_grpc:
             self._open_http2(exchange)
@@ -94,11 +123,53 @@ class Endpoint:
                 up.take(exchange)
                 exchange.connected(up)
                 return
-        self._proxy.start(functools.partial(self._connect, exchange, exchange.tries))
+        if self._settings.limits.max_connections and self._is_full():
+            self._queue.append((exchange, exchange.tries))
+            return
+        self._dial(exchange, exchange.tries)
 
-    def _open_http2(self, exchange: Exchange) -> None:
+    def _dial(self, exchange: Try, number: int) -> None:
+        self.connections += 1
+        self._proxy.start(functools.partial(self._connect, exchange, number))
+
+    def _is_full(self) -> bool:
+        """Whether the service has all its connections; an endpoint without any may have one."""
+        limit = self._settings.limits.max_connections
+        return self.connections > 0 and sum(each.connections for each in self.peers) >= limit
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one of a bounded number of connections."""
+        return len(self._queue)
+
+    @property
+    def is_overflowing(self) -> bool:
+        """Whether one more request would wait for a connection, with too many waiting already."""
+        limits = self._settings.limits
+        if not limits.max_pending or not limits.max_connections or self._idle or self.is_http2:
+            return False
+        return self._is_full() and sum(each.waiting for each in self.peers) >= limits.max_pending
+
+    def _serve_queue(self, up: H1Up | None) -> bool:
+        """Give a free connection, or the place of one that has gone, to who waits longest."""
+        while self._queue:
+            exchange, number = self._queue.popleft()
+            if not exchange.waits_for(self, number):
+                continue
+            if up is not None:
+                up.take(exchange)
+                exchange.connected(up)
+            else:
+                self._dial(exchange, number)
+            return True
+        return False
+
+    def _open_http2(self, exchange: Try) -> None:
+        limit = self._settings.limits.max_requests_per_connection
         for each in self._h2:
-            if each.can_open:
+            if each.can_open and not (limit and self._uses.get(each, 0) >= limit):
+                if limit:
+                    self._uses[each] = self._uses.get(each, 0) + 1
                 exchange.connected(each.new_stream(exchange))
                 return
         self._waiting.append((exchange, exchange.tries))
@@ -111,8 +182,8 @@ class Endpoint:
         reason = "internal error"
         channel: H2Up | None = None
         try:
-            transport = await self._proxy.dialler.dial(self.candidate)
-            proxy = self._proxy
+            proxy, seconds = self._proxy, self._settings.limits.connect_seconds
+            transport = await proxy.dialler.dial(self.candidate, seconds)
             channel = H2Up(proxy.reactor, transport, self._h2_gone, proxy.windows)
             self._h2.append(channel)
             transport.start(channel)
@@ -135,17 +206,22 @@ class Endpoint:
                     self._open_http2(exchange)
 
     def _h2_gone(self, channel: H2Up) -> None:
+        self._uses.pop(channel, None)
         if channel in self._h2:
             self._h2.remove(channel)
 
-    async def _connect(self, exchange: Exchange, number: int) -> None:
+    async def _connect(self, exchange: Try, number: int) -> None:
         transport: Transport | None = None
         reason = "internal error"
         try:
-            transport = await self._proxy.dialler.dial(self.candidate)
+            seconds = self._settings.limits.connect_seconds
+            transport = await self._proxy.dialler.dial(self.candidate, seconds)
         except MeshError as exc:
             reason = str(exc)
         finally:
+            if transport is None:
+                self.connections -= 1
+                self._serve_queue(None)
             if transport is None and exchange.waits_for(self, number):
                 exchange.on_up_lost(reason, is_refused=True)
         if transport is None:
@@ -162,61 +238,73 @@ class Endpoint:
             self._idled(up)
 
     def _idled(self, up: H1Up) -> None:
+        limit = self._settings.limits.max_requests_per_connection
+        if limit:
+            self._uses[up] = self._uses.get(up, 0) + 1
+            if self._uses[up] >= limit:
+                up.close()
+                return
+        if self._queue and self._serve_queue(up):
+            return
         up.idle_since = time.monotonic()
         self._idle.append(up)
 
     def _gone(self, up: H1Up) -> None:
+        self.connections -= 1
+        if self._uses:
+            self._uses.pop(up, None)
+        if self._queue:
+            self._serve_queue(None)
         if up in self._idle:
             self._idle.remove(up)
 
-    def close_idle(self, before: float) -> None:
-        """Close connections that have been idle since before `before`."""
+    def close_idle(self, now: float, seconds: float) -> None:
+        """Close connections that have been idle for `seconds`, or for what the service says; with 0
+        those to an endpoint that is not used any more.
+        """
+        if seconds:
+            seconds = self._settings.limits.idle_seconds or seconds
+        before = now - seconds
         for up in [each for each in self._idle if each.idle_since < before]:
             up.close()
-        if before == float("inf"):
-            for channel in list(self._h2):
+        limit = self._settings.limits.max_requests_per_connection
+        for channel in list(self._h2):
+            if not seconds or (limit and self._uses.get(channel, 0) >= limit):
                 channel.close_if_idle()
 
     # ---- what happened
 
     def answered(self, status: int) -> None:
         """A response's head."""
-        if status in {502, 503, 504}:
-            self.failed()
+        if status >= 500:
+            self.failed(status)
         else:
-            self._errors = 0
+            self._errors = self._errors_5xx = 0
             if time.monotonic() >= self.ejected_until:
                 self._ejections = max(0, self._ejections - 1) if self._ejections else 0
 
-    def failed(self) -> None:
+    def failed(self, status: int = 0) -> None:
         """No response, or one that means as much: ejected after several in a row."""
-        self._errors += 1
         outlier = self._settings.outlier
-        if outlier is not None and self._errors >= outlier.consecutive_errors:
-            self._errors = 0
+        self._errors_5xx += 1
+        self._errors = self._errors + 1 if status in _NO_ANSWER else 0
+        if outlier is None:
+            return
+        if (
+            0 < outlier.consecutive_errors <= self._errors
+            or 0 < outlier.consecutive_5xx <= self._errors_5xx
+        ):
+            self._errors = self._errors_5xx = 0
             self._ejections += 1
             seconds = outlier.base_ejection_seconds * self._ejections
             self.ejected_until = time.monotonic() + min(seconds, _MAX_EJECTION_SECONDS)
 
-    def release(self, exchange: Exchange) -> None:
+    def release(self, exchange: Try) -> None:
         """The try is over."""
         now = time.monotonic()
         self.active -= 1
         self.last_used = now
         self._ewma += _EWMA_SHARE * (now - exchange.started_at - self._ewma)
-
-
-class _Backend:
-    """A service's port: its endpoints as of one state of the Store, and its counts."""
-
-    __slots__ = ("active", "endpoints", "reason", "retries", "settings", "version")
-
-    def __init__(self) -> None:
-        self.version = -1
-        self.endpoints: Sequence[Endpoint] = ()
-        self.reason = ""
-        self.settings: BackendSettings = DEFAULT_BACKEND
-        self.active = self.retries = 0
 
 
 class Upstreams:
@@ -225,83 +313,77 @@ class Upstreams:
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._endpoints: dict[tuple[str, int], Endpoint] = {}
-        self._backends: dict[tuple[str, int], _Backend] = {}
+        self._backends: dict[tuple[str, int], BackendState] = {}
 
     def choose(
-        self, service: str, port: int, inbound: Inbound, excluded: Collection[Endpoint] = ()
+        self,
+        service: str,
+        port: int,
+        inbound: Inbound,
+        excluded: Collection[Endpoint] = (),
+        request: Request | None = None,
+        session: Session | None = None,
     ) -> Endpoint | Refusal:
-        """An endpoint for one try, taken; other than `excluded`, if there is one."""
+        """An endpoint for one try, taken; other than `excluded`, if there is one. With a `request`,
+        that of its session (of its rule, or of the service) or of its hash.
+        """
         backend = self._backend(service, port, inbound)
-        candidates = backend.endpoints
-        if not candidates:
+        if not backend.endpoints:
             return Refusal("UH", backend.reason, http_status=503)
-        limit = backend.settings.limits.max_requests
-        if limit and sum(each.active for each in candidates) >= limit:
-            return Refusal("UO", f"{service} has {limit} requests in flight", http_status=503)
-        chosen = self._draw(candidates, backend.settings, excluded)
-        chosen.take(backend.settings)
+        settings = backend.settings
+        limit = settings.limits.max_requests
+        if limit and backend.active >= limit:
+            return self._overflow("requests", f"{service} has {limit} requests in flight")
+        if request is not None and (session is not None or backend.has_affinity):
+            chosen = backend.find(request, session, excluded)
+        else:
+            chosen = backend.draw(excluded)
+        chosen.take(settings)
+        if settings.limits.max_pending and chosen.is_overflowing:
+            chosen.active -= 1
+            most = settings.limits.max_pending
+            return self._overflow("pending", f"{most} requests wait for a connection to {service}")
+        if backend.budget.counts_requests and not excluded:
+            backend.budget.requested(self._proxy.now())
         return chosen
 
-    def _draw(
-        self,
-        candidates: Sequence[Endpoint],
-        settings: BackendSettings,
-        excluded: Collection[Endpoint],
-    ) -> Endpoint:
-        if len(candidates) == 1:
-            return candidates[0]
-        now = time.monotonic()
-        usable = [each for each in candidates if each.ejected_until <= now]
-        outlier = settings.outlier
-        share = outlier.max_ejection_percent if outlier is not None else 100
-        if (len(candidates) - len(usable)) * 100 > share * len(candidates):
-            usable = list(candidates)  # too many are out: nobody is
-        if excluded:
-            usable = [each for each in usable if each not in excluded] or usable
-        if len(usable) == 1:
-            return usable[0]
-        rng = self._proxy.rng
-        first = int(rng.random() * len(usable))
-        if settings.balancing.kind == "RANDOM":
-            return usable[first]
-        second = int(rng.random() * (len(usable) - 1))
-        second += second >= first
-        a, b = usable[first], usable[second]
-        return a if a.load <= b.load else b
+    def _overflow(self, bound: str, reason: str) -> Refusal:
+        self._proxy.counters.shed.labels(bound).inc()
+        return Refusal("UO", reason, http_status=503)
 
-    def _backend(self, service: str, port: int, inbound: Inbound) -> _Backend:
+    def _backend(self, service: str, port: int, inbound: Inbound) -> BackendState:
         key = (service, port) if service else (inbound.workload_uid, -port)
         backend = self._backends.get(key)
         if backend is None:
-            backend = self._backends[key] = _Backend()
+            proxy = self._proxy
+            backend = self._backends[key] = BackendState(service, port, proxy, proxy.rng)
         if backend.version != self._proxy.version:
             backend.version = self._proxy.version
             self._refresh(backend, service, port, inbound)
         return backend
 
-    def _refresh(self, backend: _Backend, service: str, port: int, inbound: Inbound) -> None:
+    def _refresh(self, backend: BackendState, service: str, port: int, inbound: Inbound) -> None:
         proxy = self._proxy
         if not service:
             workload = inbound.workload
             found = [Candidate(workload, port)] if workload is not None else []
-            backend.endpoints = [self._endpoint(each) for each in found]
-            backend.reason = "the workload is not known any more"
+            endpoints = [self._endpoint(each) for each in found]
+            backend.update(endpoints, DEFAULT_BACKEND, "the workload is not known any more")
             return
         namespace, _, hostname = service.partition("/")
         key = NamespacedHostname(namespace, hostname)
         known = proxy.store.service_by_key(key)
+        settings = proxy.traffic.settings(service, port)
         if known is None:
-            backend.endpoints, backend.reason = (), f"service {service} is not known"
+            backend.update((), settings, f"service {service} is not known")
             return
-        backend.settings = proxy.traffic.settings(service)
         chosen = find_candidates(known, proxy.store.endpoints(key), port, proxy.own_workload())
-        backend.endpoints = [
-            self._endpoint(each) for each in chosen.candidates if each.workload.capacity
-        ]
-        backend.reason = chosen.reason
+        endpoints = [self._endpoint(each) for each in chosen.candidates if each.workload.capacity]
         described = known.ports.get(port)
-        for endpoint in backend.endpoints:
+        for endpoint in endpoints:
             endpoint.is_http2 = described is not None and described.app_protocol in _HTTP2
+            endpoint.peers = endpoints
+        backend.update(endpoints, settings, chosen.reason)
 
     def _endpoint(self, candidate: Candidate) -> Endpoint:
         key = (candidate.workload.uid, candidate.port)
@@ -310,31 +392,28 @@ class Upstreams:
             endpoint = self._endpoints[key] = Endpoint(self._proxy, candidate)
         elif endpoint.candidate != candidate:
             # Other address or identity: nothing of the old one may be used.
-            endpoint.close_idle(float("inf"))
+            endpoint.close_idle(float("inf"), 0.0)
             endpoint.candidate = candidate
         return endpoint
 
     # ---- retries
 
-    def may_retry(self, service: str, exchange: Exchange) -> bool:
-        """Whether the budget allows one more; counted until `retried`."""
-        backend = self._backends.get((service, exchange.inbound.port))
+    def may_retry(self, to: Backend, *, is_first: bool) -> bool:
+        """One retry out of the service's budget, if one is left; `retried` follows the first."""
+        backend = self._backends.get((to.service, to.port))
         if backend is None:
             return True
-        limits = backend.settings.limits
-        in_flight = sum(each.active for each in backend.endpoints)
-        allowed = max(limits.retry_budget_minimum, in_flight * limits.retry_budget_percent / 100)
-        return self.retries < allowed
+        active = backend.active if is_first else 0
+        if backend.budget.take(self._proxy.now(), active, is_first=is_first):
+            return True
+        self._proxy.counters.shed.labels("retries").inc()
+        return False
 
-    retries = 0
-
-    def retrying(self) -> None:
-        """A request is being repeated."""
-        self.retries += 1
-
-    def retried(self) -> None:
+    def retried(self, to: Backend) -> None:
         """A request that was repeated has ended."""
-        self.retries -= 1
+        backend = self._backends.get((to.service, to.port))
+        if backend is not None:
+            backend.budget.give()
 
     # ---- upkeep
 
@@ -346,11 +425,11 @@ class Upstreams:
             used = {id(each) for backend in self._backends.values() for each in backend.endpoints}
             for key, endpoint in list(self._endpoints.items()):
                 gone = id(endpoint) not in used
-                endpoint.close_idle(now if gone else now - idle_seconds)
+                endpoint.close_idle(now, 0.0 if gone else idle_seconds)
                 if gone and not endpoint.active and now - endpoint.last_used > idle_seconds:
                     del self._endpoints[key]
 
     def close(self) -> None:
         """Close every idle connection."""
         for endpoint in self._endpoints.values():
-            endpoint.close_idle(float("inf"))
+            endpoint.close_idle(float("inf"), 0.0)

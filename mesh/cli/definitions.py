@@ -68,6 +68,7 @@ def istios() -> list[Object]:
     action = {"name": "Action", "type": "string", "jsonPath": ".spec.action"}
     mode = {"name": "Mode", "type": "string", "jsonPath": ".spec.mtls.mode"}
     hosts = {"name": "Hosts", "type": "string", "jsonPath": ".spec.hosts"}
+    host = {"name": "Host", "type": "string", "jsonPath": ".spec.host"}
     address = {"name": "Address", "type": "string", "jsonPath": ".spec.address"}
     security, networking = "security.istio.io", "networking.istio.io"
     versions, both = ["v1", "v1beta1"], ["v1", "v1beta1", "v1alpha3"]
@@ -89,6 +90,9 @@ def istios() -> list[Object]:
         ),
         _definition(
             networking, "WorkloadEntry", "workloadentries", "we", both, _OPEN, [address, _AGE]
+        ),
+        _definition(
+            networking, "DestinationRule", "destinationrules", "dr", both, _OPEN, [host, _AGE]
         ),
     ]  # fmt: skip
 

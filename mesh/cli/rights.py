@@ -56,7 +56,10 @@ def controller_rights(values: Values) -> list[Object]:
             ("authorizationpolicies", "peerauthentications", "requestauthentications"),
             _READ,
         ),
-        _rule("networking.istio.io", ("serviceentries", "workloadentries"), _READ),
+        _rule(
+            "networking.istio.io", ("serviceentries", "workloadentries", "destinationrules"), _READ
+        ),
+        _rule("gateway.networking.x-k8s.io", ("xbackendtrafficpolicies", "xmeshes"), _READ),
         _rule(GATEWAY_API, ("gateways", "gatewayclasses", "referencegrants", *_ROUTES), _READ),
         _rule("ambit.dev", ("ratelimitpolicies", "redactionpolicies"), _READ),
         # Whose token is this?
@@ -81,6 +84,12 @@ def controller_rights(values: Values) -> list[Object]:
                 "peerauthentications/status",
                 "requestauthentications/status",
             ),
+            ("patch",),
+        ),
+        _rule("networking.istio.io", ("destinationrules/status",), ("patch",)),
+        _rule(
+            "gateway.networking.x-k8s.io",
+            ("xbackendtrafficpolicies/status", "xmeshes/status"),
             ("patch",),
         ),
         _rule("ambit.dev", ("ratelimitpolicies/status", "redactionpolicies/status"), ("patch",)),

@@ -35,6 +35,7 @@ _CONDITIONED = (
     "TLSRoute",
     "AuthorizationPolicy",
     "RequestAuthentication",
+    "DestinationRule",
     "RateLimitPolicy",
     "RedactionPolicy",
 )

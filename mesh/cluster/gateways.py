@@ -80,6 +80,13 @@ class GatewayClass(Metadata):
     controller: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XMesh(Metadata):
+    """A mesh, as the Gateway API knows it (experimental)."""
+
+    controller: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class GrantSource:
     """Who may refer."""
@@ -161,6 +168,11 @@ def parse_gateway_class(obj: Object) -> GatewayClass:
     return GatewayClass(
         **read_metadata(obj), controller=Reader(obj).at("spec", "controllerName").text()
     )
+
+
+def parse_mesh(obj: Object) -> XMesh:
+    """Read an XMesh. Raises ConfigError naming the field."""
+    return XMesh(**read_metadata(obj), controller=Reader(obj).at("spec", "controllerName").text())
 
 
 def parse_reference_grant(obj: Object) -> ReferenceGrant:

@@ -11,7 +11,12 @@ from typing import TypeAlias, TypeVar, cast
 
 from mesh.cluster.api import Object, Ref, Source, located
 from mesh.cluster.entries import parse_service_entry, parse_workload_entry
-from mesh.cluster.gateways import parse_gateway, parse_gateway_class, parse_reference_grant
+from mesh.cluster.gateways import (
+    parse_gateway,
+    parse_gateway_class,
+    parse_mesh,
+    parse_reference_grant,
+)
 from mesh.cluster.l7_policies import (
     parse_rate_limit_policy,
     parse_redaction_policy,
@@ -33,6 +38,7 @@ from mesh.cluster.routes import (
     parse_tcp_route,
     parse_tls_route,
 )
+from mesh.cluster.traffic_policies import parse_backend_traffic_policy, parse_destination_rule
 from mesh.errors import ConfigError
 
 M = TypeVar("M", bound=Metadata)
@@ -47,6 +53,8 @@ PARSERS: Mapping[str, Parser] = {
     "EndpointSlice": parse_endpoint_slice,
     "ServiceEntry": parse_service_entry,
     "WorkloadEntry": parse_workload_entry,
+    "DestinationRule": parse_destination_rule,
+    "XBackendTrafficPolicy": parse_backend_traffic_policy,
     "AuthorizationPolicy": parse_authorization_policy,
     "PeerAuthentication": parse_peer_authentication,
     "RequestAuthentication": parse_request_authentication,
@@ -55,6 +63,7 @@ PARSERS: Mapping[str, Parser] = {
     "Gateway": parse_gateway,
     "GatewayClass": parse_gateway_class,
     "ReferenceGrant": parse_reference_grant,
+    "XMesh": parse_mesh,
     "HTTPRoute": parse_http_route,
     "GRPCRoute": parse_grpc_route,
     "TCPRoute": parse_tcp_route,

@@ -220,7 +220,7 @@ def _http_rule(rule: Reader, namespace: str) -> RouteRule:
         request_timeout=request or None,
         backend_timeout=backend or None,
         retry=_retry(rule.get("retry")),
-        session=_session(rule.get("sessionPersistence")),
+        session=read_session(rule.get("sessionPersistence")),
     )
 
 
@@ -295,8 +295,10 @@ def _retry(retry: Reader) -> Retry | None:
     return Retry(attempts, codes, backoff if backoff is not None else Retry().backoff_seconds)
 
 
-def _session(session: Reader) -> SessionPersistence | None:
-    """As in v1.6.1 (`sessionName`, `cookieConfig`) and after it (`cookie`, `header`)."""
+def read_session(session: Reader) -> SessionPersistence | None:
+    """A `sessionPersistence`, None if absent: as in v1.6.1 (`sessionName`, `cookieConfig`) and as
+    after it (`cookie`, `header`). Raises ConfigError.
+    """
     if not session.exists:
         return None
     session.only(
@@ -328,7 +330,7 @@ def _grpc_rule(rule: Reader, namespace: str) -> RouteRule:
         matches=matches or (RouteMatch(grpc=MethodMatch()),),
         filters=read_filters(rule.get("filters"), namespace, is_grpc=True),
         backends=_backends(rule, namespace, is_grpc=True),
-        session=_session(rule.get("sessionPersistence")),
+        session=read_session(rule.get("sessionPersistence")),
     )
 
 

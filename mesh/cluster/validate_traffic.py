@@ -26,6 +26,7 @@ from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAu
 from mesh.cluster.objects import Metadata, Namespace, Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy, TargetRef
 from mesh.cluster.routes import ROUTE_KINDS, ROUTES, ParentRef, RouteView
+from mesh.cluster.traffic_policies import DestinationRule
 from mesh.model.route import Backend, RouteMatch, RouteRule
 
 Remark: TypeAlias = tuple[Ref, str, str, str]
@@ -53,6 +54,7 @@ def odd_traffic(inventory: Inventory, pods: Pods) -> Iterator[Remark]:
             yield from _dead_rules(route)
     yield from _shadowed(inventory)
     yield from _idle_policies(inventory)
+    yield from _idle_rules(inventory)
 
 
 def _taken_ports(pods: Pods) -> Iterator[Remark]:
@@ -299,3 +301,14 @@ def _idle_target(
             if target.section and target.section not in names:
                 message = f"{view.ref} has no rule named {target.section}: requests are denied"
                 yield policy.ref, f"{field}.sectionName", message, ""
+
+
+def _idle_rules(inventory: Inventory) -> Iterator[Remark]:
+    for rule in inventory.all(DestinationRule):
+        for field in rule.ignored:
+            yield rule.ref, field, "it has no effect here", ""
+        name, _, rest = rule.host.partition(".")
+        namespace = rest.partition(".")[0] or rule.namespace
+        is_ours = "*" not in rule.host and (rest.count(".") == 0 or rest.split(".")[1] == "svc")
+        if is_ours and inventory.get(Service, namespace, name) is None:
+            yield rule.ref, "spec.host", f"there is no Service {namespace}/{name}", _CORRECT

@@ -285,6 +285,8 @@ class TrafficConfig:
     service: str = ""
     routes: tuple[Route, ...] = ()
     backend: BackendSettings = DEFAULT_BACKEND
+    backends: tuple[tuple[str, BackendSettings], ...] = ()
+    """Settings of other services that the routes lead to, `namespace/hostname`."""
     authorizations: tuple[L7Authorization, ...] = ()
     authentications: tuple[RequestAuthentication, ...] = ()
     rate_limits: tuple[RateLimitPolicy, ...] = ()

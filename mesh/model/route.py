@@ -208,32 +208,49 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OutlierDetection:
-    """When an endpoint is ejected, and for how long (doubling), seconds."""
+    """When an endpoint is ejected, and for how long (longer each time), seconds.
+    `consecutive_errors` counts 502, 503, 504 and no response, `consecutive_5xx` every 5xx too; 0:
+    not counted. One endpoint may always be out, if there is another.
+    """
 
     consecutive_errors: int = 5
     base_ejection_seconds: float = 30.0
     max_ejection_percent: int = 50
+    consecutive_5xx: int = 0
+    min_health_percent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Bounds for one service; 0 is none. Retries as a share of the active requests."""
+    """Bounds for one service's port; 0 is none. Retries as a share of the active requests, or, with
+    an interval, of the requests in it; `max_retries` is a plain number instead of a share.
+    """
 
     max_connections: int = 0
     max_requests: int = 0
     max_pending: int = 0
     retry_budget_percent: float = 20.0
     retry_budget_minimum: int = 3
+    retry_interval_seconds: float = 0.0
+    retry_minimum_seconds: float = 1.0
+    max_retries: int = 0
+    max_requests_per_connection: int = 0
+    connect_seconds: float = 0.0
+    idle_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadBalancing:
     """How an endpoint is chosen for each request. `hash_on` is `header:NAME`, `cookie:NAME`,
-    `query:NAME` or `source-ip` for CONSISTENT_HASH.
+    `query:NAME` or `source-ip` for CONSISTENT_HASH. A cookie with `cookie_seconds` is given to who
+    has none, for that long; 0: for the client's session.
     """
 
     kind: Literal["LEAST_REQUEST", "RANDOM", "ROUND_ROBIN", "CONSISTENT_HASH"] = "LEAST_REQUEST"
     hash_on: str = ""
+    cookie_path: str = "/"
+    cookie_seconds: float | None = None
+    ring_size: int = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +261,12 @@ class BackendSettings:
     limits: ConnectionLimits = ConnectionLimits()
     balancing: LoadBalancing = LoadBalancing()
     session: SessionPersistence | None = None
+    ports: tuple[tuple[int, BackendSettings], ...] = ()
+    """Settings of single ports, instead of these."""
+
+    def of(self, port: int) -> BackendSettings:
+        """What holds for a port."""
+        return dict(self.ports).get(port, self)
 
 
 DEFAULT_BACKEND = BackendSettings()

@@ -35,6 +35,8 @@ class Case:
     headers: tuple[tuple[str, str], ...] = ()
     namespace: str = NAMESPACE
     port: int = 80
+    service: str = "echo"
+    host: str = "echo"
     location: str = ""
     path: str = ""
     sees: tuple[tuple[str, str | None], ...] = ()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,39 @@ for _ in range(count):
     except OSError as e:
         told.append([0, type(e).__name__, {}])
 print(json.dumps(told))
+"""
+
+# Asks all the time, by connections kept and by new ones, until the file argv[1] is there.
+LOAD = """
+import http.client, json, os, sys, threading, time
+stop, failed, counts, lock = sys.argv[1], [], [0, 0], threading.Lock()
+
+def loop(keeps):
+    c = None
+    while not os.path.exists(stop):
+        try:
+            c = c or http.client.HTTPConnection("api", 80, timeout=20)
+            c.request("GET", "/load")
+            r = c.getresponse()
+            r.read()
+            told = r.status if r.status != 200 else None
+            ends = r.will_close
+        except Exception as e:
+            told, ends = f"{type(e).__name__}: {e}", True
+        with lock:
+            counts[keeps] += 1
+            if told is not None:
+                failed.append([keeps, told])
+        if not keeps or ends:
+            c.close()
+            c = None
+        time.sleep(0.005)
+
+threads = [threading.Thread(target=loop, args=(each % 2,)) for each in range(4)]
+[each.start() for each in threads]
+[each.join() for each in threads]
+os.unlink(stop)
+print(json.dumps({"new": counts[0], "kept": counts[1], "failed": failed}))
 """
 
 
@@ -225,6 +262,83 @@ def test_values_are_taken_out_of_the_traffic(lab: TestLab, apply: Callable[..., 
         assert (told["path"], told["mail"]) == ("/find/***************", "**************")
 
     eventually(hidden)
+
+
+@contextlib.contextmanager
+def _load(lab: TestLab, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Load meanwhile; afterwards what came of it."""
+    told: dict[str, Any] = {}
+    stop = tmp_path / "stop"
+    thread = threading.Thread(
+        target=lambda: told.update(json.loads(lab.python("shop/web", LOAD, str(stop))))
+    )
+    thread.start()
+    try:
+        yield told
+    finally:
+        stop.touch()
+        thread.join(60)
+
+
+def _waypoints(lab: TestLab, count: int) -> list[str]:
+    """The names of the waypoint's pods, all ready."""
+
+    def ready() -> list[str]:
+        pods = [
+            each
+            for each in lab.client.get("Pod", "shop")
+            if each["metadata"]["name"].startswith("waypoint-")
+        ]
+        for each in pods:
+            conditions = each.get("status", {}).get("conditions", [])
+            assert any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+            assert "deletionTimestamp" not in each["metadata"]
+        assert len(pods) == count
+        return [each["metadata"]["name"] for each in pods]
+
+    return eventually(ready, seconds=60)
+
+
+def test_replicas_come_and_go_under_load(lab: TestLab, tmp_path: Path) -> None:
+    (deployment,) = (
+        each
+        for each in lab.client.get("Deployment", "shop")
+        if each["metadata"]["name"] == "waypoint"
+    )
+    deployment["spec"]["replicas"] = 2
+    lab.client.apply(deployment)
+    names = _waypoints(lab, 2)
+    with _load(lab, tmp_path) as told:
+        for name in names:
+            before = set(_waypoints(lab, 2))
+            lab.client.delete("Pod", "shop", name)
+            eventually(lambda: _is_replaced(lab, before), seconds=60)  # noqa: B023
+    assert told["new"] > 50
+    assert told["kept"] > 50
+    assert told["failed"] == []
+
+    # A crash costs what was in flight: one request of each of the four at most.
+    victim = lab.processes("waypoint")
+    assert victim
+    with _load(lab, tmp_path) as told:
+        eventually(lambda: ask(lab)[0][0] == 200)
+        os.kill(victim[-1], signal.SIGKILL)
+        eventually(lambda: _is_back(lab, victim[-1]), seconds=60)
+    assert len(told["failed"]) <= 4, told["failed"]
+    deployment["spec"]["replicas"] = 1
+    lab.client.apply(deployment)
+    _waypoints(lab, 1)
+
+
+def _is_replaced(lab: TestLab, before: set[str]) -> None:
+    assert set(_waypoints(lab, 2)) != before
+
+
+def _is_back(lab: TestLab, victim: int) -> None:
+    now = lab.processes("waypoint")
+    assert victim not in now
+    assert len(now) >= 2
+    _waypoints(lab, 2)
 
 
 def test_without_its_waypoint_a_service_with_policy_is_closed(

@@ -65,6 +65,16 @@ class ControlPlane:
         for stream in self._streams:
             await stream.send(response)
 
+    async def apply(self, *resources: Resource) -> None:
+        """The same, and wait until a stream has acknowledged it."""
+        await self.push(*resources)
+        nonce = str(self._nonce)
+        with trio.fail_after(20):
+            while not any(each.response_nonce == nonce for each in self.requests):
+                await trio.sleep(0.005)
+        (told,) = (each for each in self.requests if each.response_nonce == nonce)
+        assert not told.HasField("error_detail"), told.error_detail.message
+
     async def serve(
         self, namespace: int, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED
     ) -> None:

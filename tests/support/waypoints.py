@@ -179,10 +179,11 @@ async def fetch(
     headers: Sequence[tuple[str, str]] = (),
     body: bytes = b"",
     connection: h11.Connection | None = None,
+    host: str = "web.shop",
 ) -> tuple[h11.Response, bytes]:
     """One request over HTTP/1.1, spoken by h11."""
     talk = connection or h11.Connection(h11.CLIENT)
-    fields = [("host", "web.shop"), *headers]
+    fields = [("host", host), *headers]
     if body and not any(name == "transfer-encoding" for name, _ in headers):
         fields.append(("content-length", str(len(body))))
     out = talk.send(h11.Request(method=method, target=target, headers=fields)) or b""
@@ -209,6 +210,14 @@ async def fetch(
     if connection is not None and talk.our_state is h11.DONE:
         talk.start_next_cycle()
     return response, received
+
+
+async def scrape(mesh: Mesh) -> str:
+    """The waypoint's metrics, as text."""
+    host, _, port = mesh.config.stats_address.rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stats:
+        await stats.send_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n")
+        return (await settle(stats, b"never")).decode()
 
 
 def header(response: h11.Response, name: str) -> str:
@@ -340,7 +349,7 @@ async def running_app(
         addresses=(NODE_IP,),
         tunnel_protocol=TunnelProtocol.HBONE if in_mesh else TunnelProtocol.NONE,
         service_account=account,
-        services={each: {80: port, 7070: port, 9090: port} for each in services},
+        services={each: {80: port, 7070: port, 8080: port, 9090: port} for each in services},
     )
     app = App(workload)
     async with trio.open_nursery() as nursery:

@@ -117,7 +117,7 @@ def test_the_controller_may_read_what_it_watches() -> None:
     for kind in KINDS:
         name = kind.lower()
         plural = f"{name[:-1]}ies" if name.endswith(("cy", "entry")) else f"{name}s"
-        plural = {"gatewayclasss": "gatewayclasses"}.get(plural, plural)
+        plural = {"gatewayclasss": "gatewayclasses", "xmeshs": "xmeshes"}.get(plural, plural)
         assert (group_of(kind), plural) in may, kind
 
 

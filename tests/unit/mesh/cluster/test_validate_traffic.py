@@ -163,3 +163,19 @@ def test_a_policy_that_nobody_can_enforce():
 def test_tokens_that_nobody_checks():
     tokens = obj("RequestAuthentication", "j", "shop", SECURITY, spec={})
     assert ["tokens are not checked" in each for each in told(tokens)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"host": "web"}, []),
+        ({"host": "*.shop.svc.cluster.local"}, []),
+        ({"host": "example.com.hosts.elsewhere"}, []),
+        ({"host": "gone"}, ["spec.host: there is no Service shop/gone"]),
+        ({"host": "web.far.svc.cluster.local"}, ["spec.host: there is no Service far/web"]),
+        ({"host": "web", "subsets": [{"name": "v1"}]}, ["spec.subsets: it has no effect here"]),
+    ],
+)
+def test_destination_rules_without_effect(spec, expected):
+    found = told(obj("DestinationRule", "r", "shop", "networking.istio.io/v1", spec=spec))
+    assert found == [f"DestinationRule shop/r: {each}" for each in expected]
