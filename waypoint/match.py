@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import re2  # type: ignore[import-untyped]
+import re2
 
 from mesh.model.route import NamedMatch, Route, RouteMatch
 from waypoint.filters.chain import Request

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from mesh.cluster import l7_policies as reader
 from mesh.cluster.api import Object
+from mesh.cluster.descriptor_sets import MAX_DESCRIPTORS
 from mesh.cluster.policies import MAX_TARGETS
 from mesh.cluster.route_filters import MAX_EXPRESSION
 from mesh.model import l7_policy as model
@@ -118,6 +119,7 @@ def redaction_spec() -> Object:
         "queryParams": "Names of query parameters.",
         "jsonPaths": "Such as $.a.b[*].c or $..name.",
         "formFields": "Names of form fields.",
+        "grpcFields": "Such as shop.v1.User.email or $.buyer.email; needs descriptors.",
     }
     somewhere = " || ".join(f"has(self.{each})" for each in ("detector", *places))
     lists = {name: _list_of(_text(""), says, reader.MAX_ENTRIES) for name, says in places.items()}
@@ -154,12 +156,18 @@ def redaction_spec() -> Object:
         maxBodyBytes={
             "type": "integer",
             "format": "int64",
-            "minimum": 1,
+            "minimum": 0,
             "maximum": reader.MAX_BODY_BYTES,
-            "description": "Bodies larger than this cannot be looked into.",
+            "description": "Bodies larger than this cannot be looked into; 0: any length.",
         },
         dryRun={"type": "boolean", "description": "Tell what would be redacted; change nothing."},
         keyFile=_text("File of the mounted secret of hash and tokenize.", empty=True),
+        descriptors={
+            "type": "string",
+            "maxLength": MAX_DESCRIPTORS,
+            "description": "What grpcFields are looked up in: a FileDescriptorSet in base64.",
+        },
+        descriptorFile=_text("The same as a file beside the keys.", empty=True),
         audit={"type": "boolean", "description": "Whether findings are told in the audit log."},
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
+
+from google.protobuf import descriptor_pb2
 
 Spec = dict[str, Any]
 TARGET = {"group": "", "kind": "Service", "name": "web"}
@@ -16,6 +19,17 @@ WHEN = {
     "namespaces": ["shop"],
 }
 LIMIT = {"requests": 10, "window": "1m"}
+
+
+def descriptors() -> str:
+    """A FileDescriptorSet with shop.v1.User.email, in base64."""
+    field = descriptor_pb2.FieldDescriptorProto(name="email", number=1, type=9, label=1)
+    user = descriptor_pb2.DescriptorProto(name="User", field=[field])
+    file = descriptor_pb2.FileDescriptorProto(
+        name="user.proto", package="shop.v1", syntax="proto3", message_type=[user]
+    )
+    whole = descriptor_pb2.FileDescriptorSet(file=[file])
+    return base64.b64encode(whole.SerializeToString()).decode()
 
 
 def limit(*rules: Any, **more: Any) -> tuple[str, Spec]:
@@ -51,7 +65,9 @@ ACCEPTED = [
         headers=False,
     ),
     redaction({"detector": "email"}),
-    redaction({"headers": ["X-Card"], "action": {"type": "drop"}}),
+    redaction({"headers": ["X-Card"], "action": {"type": "drop"}}, maxBodyBytes=0),
+    redaction({"grpcFields": ["shop.v1.User.email"]}, descriptorFile="shop.pb"),
+    redaction({"grpcFields": ["shop.v1.User.email"]}, descriptors=descriptors()),
     redaction(
         {
             "name": "card",
