@@ -312,7 +312,7 @@ class Upstreams:
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
-        self._endpoints: dict[tuple[str, int], Endpoint] = {}
+        self._endpoints: dict[tuple[str, int, str, int], Endpoint] = {}
         self._backends: dict[tuple[str, int], BackendState] = {}
 
     def choose(
@@ -367,7 +367,7 @@ class Upstreams:
         if not service:
             workload = inbound.workload
             found = [Candidate(workload, port)] if workload is not None else []
-            endpoints = [self._endpoint(each) for each in found]
+            endpoints = [self._endpoint(service, port, each) for each in found]
             backend.update(endpoints, DEFAULT_BACKEND, "the workload is not known any more")
             return
         namespace, _, hostname = service.partition("/")
@@ -378,15 +378,20 @@ class Upstreams:
             backend.update((), settings, f"service {service} is not known")
             return
         chosen = find_candidates(known, proxy.store.endpoints(key), port, proxy.own_workload())
-        endpoints = [self._endpoint(each) for each in chosen.candidates if each.workload.capacity]
+        endpoints = [
+            self._endpoint(service, port, each)
+            for each in chosen.candidates
+            if each.workload.capacity
+        ]
         described = known.ports.get(port)
         for endpoint in endpoints:
             endpoint.is_http2 = described is not None and described.app_protocol in _HTTP2
             endpoint.peers = endpoints
         backend.update(endpoints, settings, chosen.reason)
 
-    def _endpoint(self, candidate: Candidate) -> Endpoint:
-        key = (candidate.workload.uid, candidate.port)
+    def _endpoint(self, service: str, port: int, candidate: Candidate) -> Endpoint:
+        # Each service its own: two that lead to the same port may differ in protocol and limits.
+        key = (service, port, candidate.workload.uid, candidate.port)
         endpoint = self._endpoints.get(key)
         if endpoint is None:
             endpoint = self._endpoints[key] = Endpoint(self._proxy, candidate)

@@ -293,7 +293,8 @@ class App:
         self.connections += 1
         talk = h11.Connection(h11.SERVER)
         body = b""
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        gone = (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError)
+        with contextlib.suppress(*gone):
             async with stream:
                 while True:
                     event = talk.next_event()

@@ -179,3 +179,18 @@ async def test_metrics_have_istios_names_and_a_drain_ends_idle_connections() -> 
         mesh.shutdown.request()
         assert await settle(stream, b"never") == b""
     assert app.workload.addresses == (NODE_IP,)
+
+
+async def test_services_that_share_a_port_keep_their_own_protocol() -> None:
+    services = [service("web", 1), service("other", 2, protocol=AppProtocol.HTTP2)]
+    async with (
+        running_app("one", key("web"), key("other")) as app,
+        running_waypoint([app.workload, *services, traffic("web"), traffic("other")]) as mesh,
+    ):
+        response, _ = await fetch(await mesh.open("10.96.0.1:80"))
+        assert response.status_code == 200
+        # The application speaks HTTP/1.1 only: asked as HTTP/2 it ends the connection.
+        response, _ = await fetch(await mesh.open("10.96.0.2:80"))
+        assert response.status_code == 503
+        response, _ = await fetch(await mesh.open("10.96.0.1:80"))
+        assert response.status_code == 200
