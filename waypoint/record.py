@@ -6,7 +6,7 @@ Field and label names are Istio's. Headers, bodies and queries are never part of
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mesh.errors import Refusal, RemoteProtocolError
 from mesh.identity import SpiffeId
@@ -29,6 +29,10 @@ class AccessSink(Protocol):
 
     def record(self, fields: dict[str, object]) -> None:
         """Queue one line."""
+        ...
+
+    def takes(self, level: str) -> bool:
+        """Whether lines of this level are written."""
         ...
 
 
@@ -58,7 +62,8 @@ class Journal:
             labels = _labels(inbound, workload, exchange)
             series = self._known[key] = self._metrics.series(labels)
         series.add(milliseconds, exchange.bytes_in, exchange.bytes_out, now)
-        self._access.record(_fields(exchange, workload, milliseconds))
+        if self._access.takes("error" if exchange.reason else "info"):
+            self._access.record(_fields(exchange, workload, milliseconds))
         if self._audit is not None:
             self._audit.record_exchange(exchange)
 
@@ -133,44 +138,50 @@ def _fields(
         # What a policy takes out of the traffic is not written down beside it.
         return exchange.hide(text).decode("latin-1")
 
-    return _of(
-        {
-            "level": "error" if exchange.reason else "info",
-            "message": "request complete",
-            "id": hidden(request_id[:64]),
-            "trace_id": trace[3:35].decode("latin-1"),
-            "direction": "inbound",
-            "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
-            "src.workload": source.name if source is not None else "",
-            "src.namespace": inbound.source.namespace,
-            "src.identity": str(inbound.source),
-            "dst.service": inbound.service_key.partition("/")[2],
-            "dst.workload": workload.name if workload is not None else "",
-            "dst.namespace": workload.namespace if workload is not None else "",
-            "method": request.method.decode("latin-1"),
-            "authority": hidden(request.authority),
-            "path": hidden(request.path[:_MAX_PATH]),
-            "status": exchange.status,
-            "grpc_status": exchange.grpc_status,
-            "route": request.route,
-            "route.rule": request.rule if request.route else "",
-            "policy": exchange.policy,
-            "rule": exchange.rule_name,
-            **_redactions(exchange),
-            "bytes_recv": exchange.bytes_in,
-            "bytes_sent": exchange.bytes_out,
-            "tries": exchange.tries,
-            "duration": f"{max(0, round(milliseconds))}ms",
-            "response_flags": exchange.flag,
-            "error": exchange.reason,
-        }
-    )
+    found: dict[str, object] = {
+        "level": "error" if exchange.reason else "info",
+        "message": "request complete",
+    }
+    if request_id:
+        found["id"] = hidden(request_id[:64])
+    if trace:
+        found["trace_id"] = trace[3:35].decode("latin-1")
+    found["direction"] = "inbound"
+    found["src.addr"] = f"{inbound.source_ip}:{inbound.source_port}"
+    if source is not None:
+        found["src.workload"] = source.name
+    found["src.namespace"] = inbound.source.namespace
+    found["src.identity"] = str(inbound.source)
+    found["dst.service"] = inbound.service_key.partition("/")[2]
+    if workload is not None:
+        found["dst.workload"] = workload.name
+        found["dst.namespace"] = workload.namespace
+    found["method"] = request.method.decode("latin-1")
+    found["authority"] = hidden(request.authority)
+    found["path"] = hidden(request.path[:_MAX_PATH])
+    found["status"] = exchange.status
+    if exchange.grpc_status:
+        found["grpc_status"] = exchange.grpc_status
+    if request.route:
+        found["route"], found["route.rule"] = request.route, request.rule
+    if exchange.policy:
+        found["policy"] = exchange.policy
+    if exchange.rule_name:
+        found["rule"] = exchange.rule_name
+    report = request.notes.get("redaction report")
+    if report is not None:
+        found |= _redactions(report)
+    found["bytes_recv"] = exchange.bytes_in
+    found["bytes_sent"] = exchange.bytes_out
+    found["tries"] = exchange.tries
+    found["duration"] = f"{max(0, round(milliseconds))}ms"
+    found["response_flags"] = exchange.flag
+    if exchange.reason:
+        found["error"] = exchange.reason
+    return found
 
 
-def _redactions(exchange: Exchange) -> dict[str, object]:
-    report = exchange.request.notes.get("redaction report")
-    if report is None:
-        return {}
+def _redactions(report: Any) -> dict[str, object]:
     found, unseen = report.counts.total(), report.uninspected.total()
     return {
         **({"redactions": found} if found else {}),

@@ -174,8 +174,18 @@ class AccessLog:
         self.recorded = 0
         self.dropped = 0
 
+    @staticmethod
+    def takes(level: str) -> bool:
+        """Whether lines of `level` are written: all of them, unless the levels name `access`."""
+        threshold = _levels.get("access")
+        return threshold is None or LEVELS[level] >= threshold
+
     def record(self, fields: Mapping[str, object]) -> None:
-        """Queue one line, with `time` and `scope` added; drops it when the buffer is full."""
+        """Queue one line, with `time` and `scope` added; drops it when the buffer is full, or when
+        its `level` is not wanted.
+        """
+        if "access" in _levels and not self.takes(str(fields.get("level", "info"))):
+            return
         line = {"time": self._now(), "scope": "access", **fields}
         try:
             data = _encode(line) + b"\n"
@@ -185,9 +195,10 @@ class AccessLog:
             self.dropped += 1
             return
         self.recorded += 1
+        if not self._lines:
+            self._wake.set()
         self._lines.append(data)
         self._size += len(data)
-        self._wake.set()
 
     def _now(self) -> str:
         """The time in milliseconds (RFC 3339); the seconds' text is made once a second."""

@@ -6,6 +6,7 @@ import os
 import pytest
 import trio
 
+from mesh.runtime import log
 from mesh.runtime.log import AccessLog
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
@@ -113,3 +114,25 @@ async def test_values_that_json_does_not_know_are_shown_as_text() -> None:
         access.record({"value": {1, 2}.__class__, "lone": "\udcff"})
         nursery.cancel_scope.cancel()
     assert pipe.read()[0]["value"] == "<class 'set'>"
+
+
+@pytest.mark.parametrize(
+    ("levels", "written"),
+    [("info", [1, 2]), ("warn", [1, 2]), ("info,access=warn", [2]), ("info,access=off", [])],
+)
+async def test_only_levels_that_name_the_access_log_hold_it_back(
+    levels: str, written: list[int]
+) -> None:
+    pipe = Pipe()
+    access = AccessLog(pipe.writer, linger_seconds=0.001)
+    log.set_level(levels)
+    try:
+        access.record({"level": "info", "n": 1})
+        access.record({"level": "error", "n": 2})
+    finally:
+        log.reset_level()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(access.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert [line["n"] for line in pipe.read()] == written

@@ -11,12 +11,14 @@ from mesh.errors import Unavailable
 from mesh.hbone.pool import Pool
 from mesh.identity import SpiffeId
 from mesh.runtime import metrics
+from mesh.runtime.http_metrics import HttpMetrics
 from mesh.runtime.log import AccessLog
 from mesh.runtime.tracing import TracingSettings, open_tracer
 from mesh.secrets import SecretManager
 from mesh.tls.certificate import Certificate
 from tests.support.certs import make_ca
 from tests.support.tree import ROOT
+from waypoint.counters import Counters
 from ztunnel.monitoring import Gauges
 
 WEB = SpiffeId("cluster.local", "shop", "web")
@@ -71,16 +73,28 @@ async def test_the_page_of_metrics_has_every_name_and_no_other() -> None:
         nursery.start_soon(metrics.watch_loop_lag, registry)
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    there = {
+    assert _names_on_the_page("") == _names_in(registry)
+
+
+def test_the_page_has_every_name_of_a_waypoint() -> None:
+    registry = CollectorRegistry()
+    HttpMetrics(registry)
+    Counters(registry)
+    assert _names_on_the_page("Waypoint") == _names_in(registry)
+
+
+def _names_in(registry: CollectorRegistry) -> set[str]:
+    return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in registry.collect()
         if not family.name.startswith("process_")
     }
-    assert _names_on_the_page() == there
 
 
-def _names_on_the_page() -> set[str]:
-    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+def _names_on_the_page(section: str) -> set[str]:
+    text = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    start, *sections = re.split(r"^## (?=Waypoint|Controller)", text, flags=re.MULTILINE)
+    page = next((each for each in sections if section and each.startswith(section)), start)
     cells = re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE)
     names = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     return {name for name in names if not name.startswith("process_")}
