@@ -18,7 +18,7 @@ _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})?")
 _SLASHES = re.compile(rb"//+")
 # Nothing to do: no escape, no backslash, no dot segment, no double slash.
-_PLAIN = re.compile(rb"/(?:(?!/|\.\.?(?:/|;|\Z))[^%\\/]++/?+)*+")
+_PLAIN = re.compile(rb"/(?:(?!/|\.\.?(?:/|;|\Z))[^%\\/]++/?+)*")
 _HIDDEN = re.compile(rb"(?:^|/)\.\.?(?:;[^/]*)?(?:/|\Z)")
 # Bytes that no UTF-8 has, but that were read as a dot and slashes.
 _OVERLONG = ((b"\xc0\xae", b"."), (b"\xe0\x80\xae", b"."), (b"\xc0\xaf", b"/"),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
-_PLAIN = re.compile(rb"(?:(?!//)[^%;\\])*+")
+_PLAIN = re.compile(rb"(?:(?!//)[^%;\\])*")
 _PARAMETERS = re.compile(rb";[^/]*")
 _SLASHES = re.compile(rb"//+")
 

@@ -22,11 +22,12 @@ MAX_DEPTH: Final = 128
 MAX_KEY: Final = 4 << 10
 MAX_VALUE: Final = 64 << 10
 _SPACE = re.compile(rb"[ \t\r\n]*+")
-_BETWEEN = re.compile(rb"(?:[ \t\r\n\x1e]|\xef\xbb\xbf)*+")
+_BETWEEN = re.compile(rb"(?:[ \t\r\n\x1e]++|\xef\xbb\xbf)*")
 _KEY = re.compile(rb"(" + STRING + rb")[ \t\r\n]*+:[ \t\r\n]*+")
-_KEY_BEGUN = re.compile(rb'"(?:[^"\\\x00-\x1f]|\\.)*+(?:\\?|"[ \t\r\n]*+)\Z')
+_IN_STRING = rb'[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*'
+_KEY_BEGUN = re.compile(b'"' + _IN_STRING + rb'(?:\\?|"[ \t\r\n]*+)\Z')
 _SCALAR = re.compile(SCALAR)
-_STRING_REST = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+')
+_STRING_REST = re.compile(_IN_STRING)
 _ENDS = b" \t\r\n,]}\x1e"
 _LITERALS = (b"true", b"false", b"null")
 
