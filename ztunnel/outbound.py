@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import trio
@@ -24,7 +25,7 @@ from mesh.model.workload import Workload
 from mesh.sockets import SocketAddress
 from ztunnel.connections import Tracked
 from ztunnel.dial import dial
-from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_outbound
+from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_elsewhere, plan_outbound
 from ztunnel.record import Record, baggage_of
 from ztunnel.spans import note_acquired, note_dialled
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from ztunnel.inpod import PodProxy
 
 RESPONSE_SECONDS = 30.0
+MAX_HOPS_TRIED = 3
+Elsewhere = Callable[[Collection[str]], OutboundPlan | None]
 _STATUS_OK = 200
 _STATUS_DENIED = frozenset({401, 403})
 
@@ -53,23 +56,24 @@ async def serve(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> No
     if isinstance(plan, Refusal):
         node.connections.refused(record, plan)
         return
+    _note_plan(record, plan)
+    tracked = node.connections.track(record, proxy.pod.uid, workload)
+    if plan.carrier is Carrier.HBONE:
+        elsewhere = functools.partial(plan_elsewhere, workload, destination, node.store, node.rng)
+        carry = functools.partial(_tunnel, proxy, sock, peer, workload, plan, elsewhere)
+    else:
+        carry = functools.partial(_passthrough, proxy, sock, plan)
+    await node.connections.carry(tracked, carry)
+
+
+def _note_plan(record: Record, plan: OutboundPlan) -> None:
     record.destination, record.service = plan.workload, plan.service
     record.destination_address, record.hbone_address = str(plan.next_hop), plan.authority
     record.protocol = plan.carrier.value
-    tracked = node.connections.track(record, proxy.pod.uid, workload)
-    carry = _tunnel if plan.carrier is Carrier.HBONE else _passthrough
-    await node.connections.carry(
-        tracked, functools.partial(carry, proxy, sock, peer, workload, plan)
-    )
 
 
 async def _passthrough(
-    proxy: PodProxy,
-    sock: socket.socket,
-    _peer: SocketAddress,
-    _source: Workload,
-    plan: OutboundPlan,
-    tracked: Tracked,
+    proxy: PodProxy, sock: socket.socket, plan: OutboundPlan, tracked: Tracked
 ) -> RelayResult:
     node = proxy.node
     seconds = node.config.connect_timeout_seconds
@@ -101,18 +105,13 @@ async def _tunnel(
     peer: SocketAddress,
     source: Workload,
     plan: OutboundPlan,
+    elsewhere: Elsewhere,
     tracked: Tracked,
 ) -> RelayResult:
     node, record = proxy.node, tracked.record
     record.is_mutual_tls = True
-    key = PoolKey(
-        source=tracked.identity,
-        expected=plan.expected,
-        address=SocketAddress(plan.next_hop.host, plan.next_hop.port),
-        source_ip=peer.ip,
-    )
     tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
-    tunnel, response = await _connect(proxy, key, _head(proxy, source, plan, record), record)
+    plan, tunnel, response = await _reach(proxy, peer, source, plan, elsewhere, tracked)
     tracked.unlimit()
     if response.status in _STATUS_DENIED:
         raise Denied(
@@ -129,17 +128,61 @@ async def _tunnel(
     return await tunnel.wait_closed()
 
 
+async def _reach(
+    proxy: PodProxy,
+    peer: SocketAddress,
+    source: Workload,
+    plan: OutboundPlan,
+    elsewhere: Elsewhere,
+    tracked: Tracked,
+) -> tuple[OutboundPlan, Tunnel, ConnectResponse]:
+    """A tunnel as planned, or to somebody else if nobody is there: a replica that has just died is
+    still in the plans of the moment.
+    """
+    record = tracked.record
+    unreached: set[str] = set()
+    while True:
+        key = PoolKey(
+            source=tracked.identity,
+            expected=plan.expected,
+            address=SocketAddress(plan.next_hop.host, plan.next_hop.port),
+            source_ip=peer.ip,
+        )
+        head = _head(proxy, source, plan, record)
+        try:
+            return plan, *await _connect(proxy, key, head, record)
+        except _Unreached as exc:
+            unreached.add(plan.workload.uid if plan.workload is not None else "")
+            other = elsewhere(unreached) if len(unreached) < MAX_HOPS_TRIED else None
+            if other is None:
+                raise exc.cause from exc
+        plan = other
+        _note_plan(record, plan)
+
+
+class _Unreached(Exception):
+    """There is no connection to the next hop, and nothing was sent there."""
+
+    def __init__(self, cause: Unavailable) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 async def _connect(
     proxy: PodProxy, key: PoolKey, head: ConnectHead, record: Record
 ) -> tuple[Tunnel, ConnectResponse]:
     """A tunnel and the answer to its CONNECT. Only what the peer surely did not look at, as it
     was going away or full, is sent once more, on another connection (RFC 9113 section 8.7).
+    Raises _Unreached when there is no connection.
     """
     for may_try_again in (True, True, False):
         asked = 0.0 if record.span is None else trio.current_time()
         # Picked here and not by the task that waits, so that the pool's counts are true.
         while (connection := proxy.pool.acquire_nowait(key)) is None:
-            await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
+            try:
+                await in_task(proxy.nursery, proxy.pool.wait_dialled, key)
+            except Unavailable as exc:
+                raise _Unreached(exc) from exc
         record.destination_identity = connection.peer
         if record.span is not None:
             note_acquired(record.span, connection, asked, trio.current_time())

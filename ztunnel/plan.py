@@ -13,6 +13,7 @@ Other networks are not reachable yet and are refused by name.
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mesh.authz import ConnectionContext
@@ -106,9 +107,15 @@ class InboundPlan:
 
 
 def plan_outbound(
-    source: Workload, destination: SocketAddress, store: Store, rng: Random
+    source: Workload,
+    destination: SocketAddress,
+    store: Store,
+    rng: Random,
+    avoid: Collection[str] = (),
 ) -> OutboundPlan | Refusal:
-    """Where a connection goes that a pod (`source`) opened to `destination`."""
+    """Where a connection goes that a pod (`source`) opened to `destination`. Of several endpoints
+    or replicas of a waypoint those in `avoid` (uids) come last: they could not be reached.
+    """
     if destination.port in PRIVATE_PORTS and _is_own_address(source, destination.ip):
         return Refusal("CONNECT", f"{destination} is a port of this proxy")
     address = NetworkAddress(source.network, destination.ip)
@@ -118,11 +125,11 @@ def plan_outbound(
     if is_service_addressed and service is not None:
         waypoint = service_waypoint(service, rng)
         if waypoint is not None:
-            return _to_waypoint(waypoint, source, destination, service, store, rng)
+            return _to_waypoint(waypoint, source, destination, service, store, rng, avoid)
     if service is not None:
         if service.load_balancing.mode is Mode.PASSTHROUGH:
             return _passthrough(destination, service)
-        chosen = resolve_endpoint(service, destination.port, source, store, rng)
+        chosen = resolve_endpoint(service, destination.port, source, store, rng, avoid)
         if isinstance(chosen, Refusal):
             return chosen
         upstream = chosen
@@ -132,8 +139,25 @@ def plan_outbound(
         return _passthrough(destination, None)
     gateway = upstream.workload.waypoint
     if gateway is not None and not is_service_addressed and not is_waypoint(source, gateway, store):
-        return _to_waypoint(gateway, source, destination, upstream.service, store, rng)
+        return _to_waypoint(gateway, source, destination, upstream.service, store, rng, avoid)
     return _direct(upstream, destination)
+
+
+def plan_elsewhere(
+    source: Workload,
+    destination: SocketAddress,
+    store: Store,
+    rng: Random,
+    unreached: Collection[str],
+) -> OutboundPlan | None:
+    """Another way for a connection whose next hops so far (uids of `unreached`) could not be
+    reached, so that nothing was sent to any of them: another tunnel to another workload. None if
+    there is none: a connection never leaves the tunnels for want of one.
+    """
+    plan = plan_outbound(source, destination, store, rng, unreached)
+    if isinstance(plan, Refusal) or plan.carrier is not Carrier.HBONE or plan.workload is None:
+        return None
+    return None if plan.workload.uid in unreached else plan
 
 
 def _is_own_address(workload: Workload, ip: str) -> bool:
@@ -151,8 +175,9 @@ def _to_waypoint(
     service: Service | None,
     store: Store,
     rng: Random,
+    avoid: Collection[str],
 ) -> OutboundPlan | Refusal:
-    found = resolve_gateway(gateway, source, store, rng)
+    found = resolve_gateway(gateway, source, store, rng, avoid)
     if isinstance(found, Refusal):
         return found
     elsewhere = refuse_other_network(source, found.workload)

@@ -6,6 +6,7 @@ The half of routing that both directions share; `ztunnel.plan` decides with it. 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mesh.errors import ConfigError, Refusal
@@ -50,10 +51,17 @@ def service_waypoint(service: Service, rng: Random) -> GatewayAddress | None:
 
 
 def resolve_endpoint(
-    service: Service, port: int, source: Workload, store: Store, rng: Random
+    service: Service,
+    port: int,
+    source: Workload,
+    store: Store,
+    rng: Random,
+    avoid: Collection[str] = (),
 ) -> Upstream | Refusal:
-    """An endpoint of `service` for this connection, or why there is none."""
-    choice = choose_endpoint(service, store.endpoints(service.key), port, source, rng)
+    """An endpoint of `service` for this connection, or why there is none. Workloads (uids) in
+    `avoid` only if there is no other.
+    """
+    choice = choose_endpoint(service, store.endpoints(service.key), port, source, rng, avoid)
     if choice.candidate is None:
         return Refusal(
             "CONNECT",
@@ -64,10 +72,14 @@ def resolve_endpoint(
 
 
 def resolve_gateway(
-    gateway: GatewayAddress, source: Workload, store: Store, rng: Random
+    gateway: GatewayAddress,
+    source: Workload,
+    store: Store,
+    rng: Random,
+    avoid: Collection[str] = (),
 ) -> Upstream | Refusal:
     """The waypoint workload to use, and its port. A waypoint that is named but cannot be found
-    refuses: going round it would go round its policy.
+    refuses: going round it would go round its policy. `avoid` as in `resolve_endpoint`.
     """
     where = gateway.destination
     port = gateway.hbone_mtls_port
@@ -83,7 +95,7 @@ def resolve_gateway(
             service = store.service_by_vip(where, source.namespace)
             workload = store.workload_by_address(where) if service is None else None
     if service is not None:
-        return resolve_endpoint(service, port, source, store, rng)
+        return resolve_endpoint(service, port, source, store, rng, avoid)
     if workload is not None:
         return Upstream(workload, port, None)
     return Refusal(

@@ -1,14 +1,14 @@
 """Endpoint choice: which workload behind a service, which of its addresses, which port.
 
 Health first, then locality (STRICT: every preferred scope agrees; FAILOVER: the closest
-group that is not empty), then chance weighted by capacity. No retries and no outlier
-detection: this is the tunnel's layer. Pure; the random numbers come in.
+group that is not empty), then chance weighted by capacity. No outlier detection: this is the
+tunnel's layer. Pure; the random numbers come in.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,9 +99,11 @@ def choose_endpoint(
     service_port: int,
     source: Workload,
     rng: Random,
+    avoid: Collection[str] = (),
 ) -> Choice:
     """Choose an endpoint of `service` for `source`. Only endpoints on the source's network
-    are candidates; without one, the reason says whether others exist.
+    are candidates; without one, the reason says whether others exist. Workloads (uids) in
+    `avoid` win only where nobody else can.
 
     Logarithmic in the number of endpoints, as long as `service` and `endpoints` are the same
     objects: the Store makes new ones when something changes.
@@ -109,8 +111,14 @@ def choose_endpoint(
     group = _group(service, endpoints, service_port, source)
     if not group.cumulated:
         return Choice(None, group.reason)
-    (chosen,) = rng.choices(range(len(group.candidates)), cum_weights=group.cumulated)
-    return Choice(group.candidates[chosen])
+    candidates, cumulated = group.candidates, group.cumulated
+    if avoid:
+        others = [each for each in candidates if each.workload.uid not in avoid]
+        weights = list(itertools.accumulate(each.workload.capacity for each in others))
+        if weights and weights[-1]:
+            candidates, cumulated = others, weights
+    (chosen,) = rng.choices(range(len(candidates)), cum_weights=cumulated)
+    return Choice(candidates[chosen])
 
 
 def find_candidates(

@@ -317,17 +317,16 @@ def test_replicas_come_and_go_under_load(lab: TestLab, tmp_path: Path) -> None:
     assert told["kept"] > 50
     assert told["failed"] == []
 
-    # A crash resets what is in flight, and what is sent its way until the node proxies know of it;
-    # nobody is told an answer that is none, and then all is well again.
+    # A crash costs what was in flight: one request of each of the four at most.
     victim = lab.processes("waypoint")
     assert victim
     with _load(lab, tmp_path) as told:
         eventually(lambda: ask(lab)[0][0] == 200)
         os.kill(victim[-1], signal.SIGKILL)
         eventually(lambda: _is_back(lab, victim[-1]), seconds=60)
+    assert len(told["failed"]) <= 4, told["failed"]
     cuts = ("ConnectionResetError", "RemoteDisconnected")
     assert all(str(why).startswith(cuts) for _, why in told["failed"]), told["failed"]
-    assert told["new"] > 0
     _waypoints(lab, 2)
 
     def is_well() -> None:

@@ -33,7 +33,7 @@ from mesh.model.workload import (
     WorkloadStatus,
 )
 from mesh.sockets import SocketAddress
-from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_outbound
+from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_elsewhere, plan_outbound
 
 RNG = random.Random(1)
 WEB_HOST = "web.shop.svc.cluster.local"
@@ -468,3 +468,41 @@ def test_the_proxys_own_ports_are_refused(ip: str, port: int) -> None:
 def test_those_ports_elsewhere_are_none_of_our_business() -> None:
     assert planned("10.0.0.2", 15008, WEB1).authority == "10.0.0.2:15008"
     assert planned("1.2.3.4", 15001).carrier is Carrier.TCP
+
+
+# -- a next hop that could not be reached
+
+
+def elsewhere(*resources: Workload | Service, to: str, unreached: set[str]) -> OutboundPlan | None:
+    store = Store()
+    store.apply_addresses([SOURCE, *resources], [])
+    return plan_elsewhere(SOURCE, SocketAddress(to, 80), store, RNG, unreached)
+
+
+@pytest.mark.parametrize("gateway", [BY_HOST, BY_VIP])
+def test_another_replica_of_the_waypoint_is_found(gateway: GatewayAddress) -> None:
+    second = replace(WAYPOINT_POD, uid="second", name="waypoint-2", addresses=("10.0.0.10",))
+    service = replace(WEB, waypoint=gateway)
+    known = (service, WAYPOINT, WAYPOINT_POD, second)
+    for _ in range(20):
+        found = elsewhere(*known, to="10.96.0.1", unreached={WAYPOINT_POD.uid})
+        assert found is not None
+        assert found.next_hop == NextHop("10.0.0.10", 15008)
+        assert found.authority == "10.96.0.1:80"
+    assert elsewhere(*known, to="10.96.0.1", unreached={WAYPOINT_POD.uid, "second"}) is None
+
+
+def test_another_endpoint_is_found_but_only_through_a_tunnel() -> None:
+    web2 = replace(WEB1, uid="web2", name="web2", addresses=("10.0.0.3",))
+    found = elsewhere(WEB, WEB1, web2, to="10.96.0.1", unreached={WEB1.uid})
+    assert found is not None
+    assert found.workload == web2
+    plain = replace(web2, tunnel_protocol=TunnelProtocol.NONE)
+    assert elsewhere(WEB, WEB1, plain, to="10.96.0.1", unreached={WEB1.uid}) is None
+    assert elsewhere(WEB, WEB1, to="10.96.0.1", unreached={WEB1.uid}) is None
+    assert elsewhere(WEB1, to="10.0.0.2", unreached={WEB1.uid}) is None
+
+
+def test_who_has_no_capacity_does_not_stand_in() -> None:
+    idle = replace(WEB1, uid="web2", addresses=("10.0.0.3",), capacity=0)
+    assert elsewhere(WEB, WEB1, idle, to="10.96.0.1", unreached={WEB1.uid}) is None
