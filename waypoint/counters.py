@@ -1,7 +1,7 @@
 """Counts of what a waypoint does beside answering: copies, sheddings, retries that were not made.
 
-Labels are names of Services only, so their number is bounded by the mesh's; each is looked up once
-and kept by who counts.
+Labels are names of Services and fixed words, so their number is bounded by the mesh's. A request
+that is simply answered counts nothing here.
 """
 
 from __future__ import annotations

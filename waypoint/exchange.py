@@ -34,12 +34,7 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
-from waypoint.filters.redact.filter import (
-    RedactionFilter,
-    Value,
-    hide_attributes,
-    redact_trailers,
-)
+from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
 from waypoint.streams import Downstream, Upstream
@@ -132,9 +127,14 @@ class Exchange:
         if normal is None:
             self._answer(Respond(400, reason="the path cannot be normalized", flag="DPE"))
             return
+        is_claimed = False
         for name, value in pairs:
             if name == b"content-type":
                 request.is_grpc = heads.is_grpc(value)
+            elif heads.is_client_certificate(name):
+                is_claimed = True
+        if is_claimed or traffic.config.shows_client_identity:
+            self._set_client_identity(is_shown=traffic.config.shows_client_identity)
         if inbound.proxy.in_flight > inbound.proxy.max_in_flight:
             self._answer(inbound.proxy.shed())
             return
@@ -148,16 +148,19 @@ class Exchange:
         heads.trace(request.headers, inbound.rng)
         self._filter(plan)
 
+    def _set_client_identity(self, *, is_shown: bool) -> None:
+        """Nobody but us says who calls; and we only where the Gateway asks for it."""
+        headers = self.request.headers
+        headers.pairs = [each for each in headers.pairs if not heads.is_client_certificate(each[0])]
+        if is_shown:
+            headers.add(heads.CLIENT_CERTIFICATE, self.inbound.client_certificate)
+
     def hide(self, text: bytes) -> bytes:
         """`text` for a log, without what the service's policies redact."""
         for each in self._filters:
             if isinstance(each, RedactionFilter):
                 text = each.redact_text(self.request, text)
         return text
-
-    def hide_attributes(self, found: dict[str, Value]) -> dict[str, Value]:
-        """Attributes of a span, the same way; by the names of headers and parameters, too."""
-        return hide_attributes(self._filters, self.request, found)
 
     def _filter(self, plan: Forward | Answer) -> None:
         """The filters that are left, then what was planned."""
@@ -223,7 +226,8 @@ class Exchange:
             return
         plan.change_request(self.request)
         if plan.mirrors:
-            self._body_in = open_mirrors(self, plan.mirrors, self._body_in)
+            early = bytes(self._held or b"")
+            self._body_in = open_mirrors(self, plan.mirrors, self._body_in, early)
         timers = self.inbound.proxy.timers
         seconds = deadline.request_seconds(plan.request_timeout, self.request)
         if seconds is not None:

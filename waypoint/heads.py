@@ -9,6 +9,7 @@ from mesh.model.route import HeaderChange, PathChange, Redirect
 from waypoint.filters.chain import FRAMING, Headers, Pair, Request, Respond, Response
 
 _TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+CLIENT_CERTIFICATE = b"x-forwarded-client-cert"
 _GRPC_OF_STATUS = {
     400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14,
 }  # fmt: skip
@@ -27,6 +28,11 @@ class RandomBytes(Protocol):
 def is_grpc(content_type: bytes) -> bool:
     """Whether it is gRPC's; gRPC-Web is plain HTTP to us (its trailers are in the body)."""
     return content_type[:16].lower() == b"application/grpc" and content_type[16:17] in b"+; \t"
+
+
+def is_client_certificate(name: bytes) -> bool:
+    """Whether a field says who the caller is, in a spelling that some server takes for it."""
+    return name[:1] == b"x" and name.replace(b"_", b"-") == CLIENT_CERTIFICATE
 
 
 def local_response(request: Request, respond: Respond) -> Response:

@@ -30,10 +30,11 @@ _NOT_COPIED: Final = frozenset({b"expect", b"content-length"})
 
 
 def open_mirrors(
-    exchange: Exchange, mirrors: Sequence[Mirror], others: list[BodyFilter] | None
+    exchange: Exchange, mirrors: Sequence[Mirror], others: list[BodyFilter] | None, early: bytes
 ) -> list[BodyFilter] | None:
     """Copies of a request whose head is ready, drawn by their shares. The body's filters are
-    given back, with one more that collects what the copies need.
+    given back, with one more that collects what the copies need; `early` has passed the others
+    already, while a filter was waited for.
     """
     inbound = exchange.inbound
     if exchange.upgrade or exchange.request.method == b"CONNECT":
@@ -49,6 +50,7 @@ def open_mirrors(
     request = exchange.request
     pairs = [pair for pair in request.headers.pairs if pair[0] not in _NOT_COPIED]
     copier = _Copier(inbound, replace(request, headers=Headers(pairs), notes={}), drawn)
+    copier.feed(early)
     if exchange.is_request_done:
         copier.finish()
         return others

@@ -70,7 +70,6 @@ class Endpoint:
         "_is_dialling",
         "_proxy",
         "_queue",
-        "_settings",
         "_uses",
         "_waiting",
         "active",
@@ -80,13 +79,14 @@ class Endpoint:
         "is_http2",
         "last_used",
         "peers",
+        "settings",
         "turn",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, candidate: Candidate) -> None:
         self._proxy = proxy
         self.candidate = candidate
-        self._settings: BackendSettings = DEFAULT_BACKEND
+        self.settings: BackendSettings = DEFAULT_BACKEND
         self._idle: list[H1Up] = []
         self._h2: list[H2Up] = []
         self._waiting: list[tuple[Try, int]] = []
@@ -106,9 +106,8 @@ class Endpoint:
         """Expected work before a new request is through; shared by the workload's capacity."""
         return (self.active + 1) * self._ewma / max(1, self.candidate.workload.capacity)
 
-    def take(self, settings: BackendSettings) -> None:
+    def take(self) -> None:
         """A request is on its way here; `release` follows."""
-        self._settings = settings
         self.active += 1
 
     def open(self, exchange: Try) -> None:
@@ -123,7 +122,7 @@ class Endpoint:
                 up.take(exchange)
                 exchange.connected(up)
                 return
-        if self._settings.limits.max_connections and self._is_full():
+        if self.settings.limits.max_connections and self._is_full():
             self._queue.append((exchange, exchange.tries))
             return
         self._dial(exchange, exchange.tries)
@@ -134,7 +133,7 @@ class Endpoint:
 
     def _is_full(self) -> bool:
         """Whether the service has all its connections; an endpoint without any may have one."""
-        limit = self._settings.limits.max_connections
+        limit = self.settings.limits.max_connections
         return self.connections > 0 and sum(each.connections for each in self.peers) >= limit
 
     @property
@@ -145,7 +144,7 @@ class Endpoint:
     @property
     def is_overflowing(self) -> bool:
         """Whether one more request would wait for a connection, with too many waiting already."""
-        limits = self._settings.limits
+        limits = self.settings.limits
         if not limits.max_pending or not limits.max_connections or self._idle or self.is_http2:
             return False
         return self._is_full() and sum(each.waiting for each in self.peers) >= limits.max_pending
@@ -165,7 +164,7 @@ class Endpoint:
         return False
 
     def _open_http2(self, exchange: Try) -> None:
-        limit = self._settings.limits.max_requests_per_connection
+        limit = self.settings.limits.max_requests_per_connection
         for each in self._h2:
             if each.can_open and not (limit and self._uses.get(each, 0) >= limit):
                 if limit:
@@ -182,7 +181,7 @@ class Endpoint:
         reason = "internal error"
         channel: H2Up | None = None
         try:
-            proxy, seconds = self._proxy, self._settings.limits.connect_seconds
+            proxy, seconds = self._proxy, self.settings.limits.connect_seconds
             transport = await proxy.dialler.dial(self.candidate, seconds)
             channel = H2Up(proxy.reactor, transport, self._h2_gone, proxy.windows)
             self._h2.append(channel)
@@ -214,7 +213,7 @@ class Endpoint:
         transport: Transport | None = None
         reason = "internal error"
         try:
-            seconds = self._settings.limits.connect_seconds
+            seconds = self.settings.limits.connect_seconds
             transport = await self._proxy.dialler.dial(self.candidate, seconds)
         except MeshError as exc:
             reason = str(exc)
@@ -238,7 +237,7 @@ class Endpoint:
             self._idled(up)
 
     def _idled(self, up: H1Up) -> None:
-        limit = self._settings.limits.max_requests_per_connection
+        limit = self.settings.limits.max_requests_per_connection
         if limit:
             self._uses[up] = self._uses.get(up, 0) + 1
             if self._uses[up] >= limit:
@@ -263,11 +262,11 @@ class Endpoint:
         those to an endpoint that is not used any more.
         """
         if seconds:
-            seconds = self._settings.limits.idle_seconds or seconds
+            seconds = self.settings.limits.idle_seconds or seconds
         before = now - seconds
         for up in [each for each in self._idle if each.idle_since < before]:
             up.close()
-        limit = self._settings.limits.max_requests_per_connection
+        limit = self.settings.limits.max_requests_per_connection
         for channel in list(self._h2):
             if not seconds or (limit and self._uses.get(channel, 0) >= limit):
                 channel.close_if_idle()
@@ -285,7 +284,7 @@ class Endpoint:
 
     def failed(self, status: int = 0) -> None:
         """No response, or one that means as much: ejected after several in a row."""
-        outlier = self._settings.outlier
+        outlier = self.settings.outlier
         self._errors_5xx += 1
         self._errors = self._errors + 1 if status in _NO_ANSWER else 0
         if outlier is None:
@@ -338,7 +337,7 @@ class Upstreams:
             chosen = backend.find(request, session, excluded)
         else:
             chosen = backend.draw(excluded)
-        chosen.take(settings)
+        chosen.take()
         if settings.limits.max_pending and chosen.is_overflowing:
             chosen.active -= 1
             most = settings.limits.max_pending
@@ -386,7 +385,7 @@ class Upstreams:
         described = known.ports.get(port)
         for endpoint in endpoints:
             endpoint.is_http2 = described is not None and described.app_protocol in _HTTP2
-            endpoint.peers = endpoints
+            endpoint.peers, endpoint.settings = endpoints, settings
         backend.update(endpoints, settings, chosen.reason)
 
     def _endpoint(self, service: str, port: int, candidate: Candidate) -> Endpoint:

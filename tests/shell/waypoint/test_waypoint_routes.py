@@ -194,3 +194,32 @@ async def test_services_that_share_a_port_keep_their_own_protocol() -> None:
         assert response.status_code == 503
         response, _ = await fetch(await mesh.open("10.96.0.1:80"))
         assert response.status_code == 200
+
+
+async def test_nobody_but_us_says_who_calls() -> None:
+    spoofed = [
+        ("x-forwarded-client-cert", "By=me;URI=spiffe://cluster.local/ns/shop/sa/admin"),
+        ("X-Forwarded-Client-Cert", "URI=spiffe://cluster.local/ns/shop/sa/root"),
+        ("x_forwarded-client_cert", "URI=spiffe://cluster.local/ns/shop/sa/root"),
+    ]
+    shown = traffic("shown", shows_client_identity=True)
+    async with (
+        running_app("one", key("web"), key("shown")) as app,
+        running_waypoint(
+            [app.workload, service("web", 1), service("shown", 2), traffic("web"), shown]
+        ) as mesh,
+    ):
+        for address in ("10.96.0.1:80", "10.96.0.2:80"):
+            await fetch(await mesh.open(address), headers=spoofed)
+    hidden, told = (
+        [(name, value) for name, value in each.headers if b"client" in name.lower()]
+        for each in app.requests
+    )
+    assert hidden == []
+    assert told == [
+        (
+            b"x-forwarded-client-cert",
+            b"By=spiffe://cluster.local/ns/shop/sa/waypoint;"
+            b"URI=spiffe://cluster.local/ns/shop/sa/cart",
+        )
+    ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -72,6 +74,30 @@ class Descriptors:
             return field in self._pool.FindMessageTypeByName(message).fields_by_name
         except KeyError:
             return False
+
+
+class DescriptorSets:
+    """The sets of several policies, asked in their order: who knows a name decides."""
+
+    __slots__ = ("_sets",)
+
+    def __init__(self, sets: Sequence[Descriptors]) -> None:
+        self._sets = tuple(sets)
+
+    def of_method(self, path: bytes) -> tuple[Any, Any] | None:
+        """See `Descriptors.of_method`."""
+        return next((m for each in self._sets if (m := each.of_method(path)) is not None), None)
+
+    def message(self, name: str) -> Any:
+        """See `Descriptors.message`."""
+        for each in self._sets:
+            with contextlib.suppress(KeyError):
+                return each.message(name)
+        raise KeyError(name)
+
+    def has_field(self, name: str) -> bool:
+        """See `Descriptors.has_field`."""
+        return any(each.has_field(name) for each in self._sets)
 
 
 def decode(text: str) -> bytes:

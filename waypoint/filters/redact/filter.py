@@ -7,7 +7,6 @@ inspected is refused or passed as the policies say, and counted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from mesh.errors import ConfigError
@@ -26,18 +25,16 @@ from waypoint.filters.condition import Test, compile_condition
 from waypoint.filters.redact import views
 from waypoint.filters.redact.actions import KEY_SECONDS, Secret
 from waypoint.filters.redact.bodies import open_body
-from waypoint.filters.redact.descriptors import Descriptors, decode
+from waypoint.filters.redact.descriptors import Descriptors, DescriptorSets, decode
 from waypoint.filters.redact.heads import redact_pairs, redact_query
 from waypoint.filters.redact.rules import FLAG, Plan, Report
 from waypoint.filters.redact.text_body import redact_value
 
 ReadKey = Callable[[str], bytes]
 """The bytes of a file of keys or descriptors by its name. Raises `ConfigError`."""
-Value = str | int | float | bool
 HIDDEN = b"[redacted]"
 HIDE_ALL = Plan([])
 """Stands for a policy that is not understood: it could be about anything."""
-_HEADER_ATTRIBUTE = re.compile(r"http\.(?:request|response)\.header\.(.+)")
 _Known = tuple[Test, RedactionPolicy, Secret | None, Descriptors | None]
 
 
@@ -65,7 +62,7 @@ class RedactionFilter:
     def _add(self, test: Test, policy: RedactionPolicy) -> None:
         try:
             secret, descriptors = _prepare(policy, self._read_key)
-            Plan([(policy, secret)], descriptors)
+            Plan([(policy, secret)], _together([descriptors] if descriptors else []))
         except ConfigError as exc:
             if exc.field == "keyFile":  # the file may come later
                 self._lacking.append((test, policy, str(exc)))
@@ -162,8 +159,8 @@ class RedactionFilter:
         return found
 
     def redact_text(self, request: Request, text: bytes) -> bytes:
-        """The same values taken out of a line for the access log or a span, also when the request
-        was answered before it came here.
+        """The same values taken out of a text for the access log or the audit, also when the
+        request was answered before it came here.
         """
         plan = self._telemetry_plan(request)
         if plan is None:
@@ -174,31 +171,6 @@ class RedactionFilter:
             return redact_value(plan, Report(), plan.live, views.FORM, text, "log")
         except Blocked:
             return HIDDEN
-
-    def redact_attributes(self, request: Request, found: dict[str, Value]) -> dict[str, Value]:
-        """Attributes of a span: text as above, and what a rule takes by its place as a whole."""
-        plan = self._telemetry_plan(request)
-        if plan is None:
-            return found
-        hidden: dict[str, Value] = {}
-        for key, value in found.items():
-            field = _HEADER_ATTRIBUTE.fullmatch(key)
-            if not isinstance(value, str):
-                hidden[key] = value
-            elif plan is HIDE_ALL or (field and field[1].lower().encode() in plan.headers):
-                hidden[key] = HIDDEN.decode()
-            else:
-                address, mark, query = value.partition("?")
-                if key == "url.query":
-                    address, mark, query = "", "", value
-                try:
-                    if query:
-                        query = redact_query(plan, Report(), query.encode()).decode("latin-1")
-                    text = self.redact_text(request, address.encode()).decode("utf-8", "replace")
-                    hidden[key] = text + mark + query
-                except Blocked:
-                    hidden[key] = HIDDEN.decode()
-        return hidden
 
     def _telemetry_plan(self, request: Request) -> Plan | None:
         """Of both directions: what must not be seen in one is not written down from the other."""
@@ -221,8 +193,8 @@ class RedactionFilter:
                 for index in chosen
                 if direction == "Any" or self._known[index][1].direction in (direction, "Both")
             ]
-            descriptors = next((each[3] for each in used if each[3] is not None), None)
-            plan = Plan([(policy, secret) for _, policy, secret, _ in used], descriptors)
+            sets = [each[3] for each in used if each[3] is not None]
+            plan = Plan([(policy, secret) for _, policy, secret, _ in used], _together(sets))
             self._plans[key] = plan
         return plan if plan.policies else None
 
@@ -237,14 +209,8 @@ def redact_trailers(
     return pairs
 
 
-def hide_attributes(
-    filters: Sequence[Filter], request: Request, found: dict[str, Value]
-) -> dict[str, Value]:
-    """Attributes of a span without what the policies among the filters redact."""
-    for each in filters:
-        if isinstance(each, RedactionFilter):
-            found = each.redact_attributes(request, found)
-    return found
+def _together(sets: Sequence[Descriptors]) -> DescriptorSets | None:
+    return DescriptorSets(sets) if sets else None
 
 
 def _refusal(policy: RedactionPolicy, reason: str) -> Respond:

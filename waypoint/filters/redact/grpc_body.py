@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from waypoint.filters.redact import views
-from waypoint.filters.redact.descriptors import Descriptors
+from waypoint.filters.redact.descriptors import DescriptorSets
 from waypoint.filters.redact.encoded_body import CODINGS, BrokenCoding, pack, unpack
 from waypoint.filters.redact.path_tree import NOTHING, PathTree, Place, Step
 from waypoint.filters.redact.rules import Plan, Report
@@ -39,7 +39,7 @@ class GrpcRedactor:
         assert plan.descriptors is not None  # noqa: S101 - only made for such plans
         self._plan = plan
         self._report = report
-        self._descriptors: Descriptors = plan.descriptors
+        self._descriptors: DescriptorSets = plan.descriptors
         self._message = message
         self._coding = coding
         self._location = location

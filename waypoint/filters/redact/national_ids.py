@@ -15,7 +15,7 @@ from types import ModuleType
 
 from stdnum import luhn
 
-from waypoint.filters.redact.spans import Found, naming, stands_alone
+from waypoint.filters.redact.spans import Found, after_group, naming, stands_alone
 
 ID_NAMES = (
     rb"ssn|social|national|\btax|[._-]tax|\bnino|\bnin\b|identi|insurance|\bsin\b|\btin\b|\bbsn"
@@ -196,7 +196,7 @@ def check_national_id(view: bytes, start: int, end: int) -> Found:
     shape = text.translate(_SHAPED).decode("ascii")
     alone, named = _ALONE.get(shape, ()), _NAMED.get(shape, ())
     if not (alone or named) or not stands_alone(view, start, end):
-        return _after_group(view, start, end)
+        return after_group(view, start, end)
     written = text.decode("ascii")
     is_named: bool | None = None
     if _any(alone, written):
@@ -205,7 +205,7 @@ def check_national_id(view: bytes, start: int, end: int) -> Found:
         is_named = False
     if named and is_named is None and is_named_id(view, start) and _any(named, written):
         return start, end
-    return _after_group(view, start, end)
+    return after_group(view, start, end)
 
 
 def _any(checks: tuple[Check, ...], written: str) -> bool:
@@ -219,11 +219,3 @@ def _is_part_or_other(view: bytes, start: int, end: int, shape: str) -> bool:
             return True
         return view[start - 1 : start] == b" " and view[max(0, start - 2) : start - 1].isdigit()
     return shape.isdigit() and bool(_is_numbered_thing.search(view, max(0, start - 32), start))
-
-
-def _after_group(view: bytes, start: int, end: int) -> int:
-    """The next number begins with a separator, not in the middle of digits."""
-    for place in range(start + 1, end):
-        if view[place] in b" -":
-            return place
-    return end

@@ -11,9 +11,8 @@ from functools import cache
 
 from stdnum import iban, luhn, numdb
 
-from waypoint.filters.redact.spans import Found, naming, stands_alone
+from waypoint.filters.redact.spans import SEPARATORS, Found, after_group, naming, stands_alone
 
-_SEPARATORS = b" -"
 _is_named_card = naming(rb"card|\bpan\b|visa|maestro|master|diners|credit|debit|\bcc\b|payment")
 _GROUPS = re.compile(rb"\d{4}(?P<s>[ -])\d{4}(?P=s)\d{4}(?P=s)\d{1,4}(?:(?P=s)\d{1,3})?")
 _FIRST_GROUPS = re.compile(
@@ -26,7 +25,7 @@ def check_card(view: bytes, start: int, end: int) -> Found:
     """Luhn, an issuer's prefix, the issuer's length, the usual groups (ISO/IEC 7812)."""
     start += not 48 <= view[start] <= 57
     if not stands_alone(view, start, end):
-        return _after_group(view, start, end)
+        return after_group(view, start, end)
     text = view[start:end]
     if _is_card(text):
         # Odd lengths are hardly issued any more, and what else has them is common.
@@ -36,11 +35,11 @@ def check_card(view: bytes, start: int, end: int) -> Found:
     first = _FIRST_GROUPS.match(text)  # a card, then an expiry date or a code
     if first and _is_card(first.group()):
         return start, start + first.end()
-    return _after_group(view, start, end)
+    return after_group(view, start, end)
 
 
 def _is_card(text: bytes) -> bool:
-    digits = text.translate(None, _SEPARATORS)
+    digits = text.translate(None, SEPARATORS)
     if len(digits) != len(text) and not (_GROUPS.fullmatch(text) or _GROUPS_15.fullmatch(text)):
         return False
     return _is_issued(digits) and len(set(digits)) > 1 and luhn.is_valid(digits.decode())
@@ -63,14 +62,6 @@ def _is_issued(digits: bytes) -> bool:
     if 2200 <= four <= 2204:  # Mir
         return 16 <= size <= 19
     return two in (50, 56, 57, 58, 60, 63, 67) and 12 <= size <= 19  # Maestro, RuPay
-
-
-def _after_group(view: bytes, start: int, end: int) -> int:
-    """The next number begins with a separator, not in the middle of digits."""
-    for place in range(start + 1, end):
-        if view[place] in _SEPARATORS:
-            return place
-    return end
 
 
 @cache

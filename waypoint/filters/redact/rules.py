@@ -13,7 +13,7 @@ from mesh.errors import ConfigError
 from mesh.model.l7_policy import RedactionPolicy, RedactionRule
 from waypoint.filters.chain import Blocked, Respond
 from waypoint.filters.redact.actions import Secret, replace
-from waypoint.filters.redact.descriptors import Descriptors
+from waypoint.filters.redact.descriptors import DescriptorSets
 from waypoint.filters.redact.path_tree import PathTree, Step
 from waypoint.filters.redact.scanner import Scanner
 
@@ -88,7 +88,7 @@ class Plan:
     def __init__(
         self,
         policies: list[tuple[RedactionPolicy, Secret | None]],
-        descriptors: Descriptors | None = None,
+        descriptors: DescriptorSets | None = None,
     ) -> None:
         """Raises `ConfigError`: a rule is not understood, or needs a key that is not there."""
         self.policies = [policy for policy, _ in policies]
@@ -168,7 +168,7 @@ def _key(policy: RedactionPolicy, rule: RedactionRule) -> RuleKey:
 
 
 def _grpc_fields(
-    ordered: list[tuple[int, ActiveRule]], descriptors: Descriptors | None
+    ordered: list[tuple[int, ActiveRule]], descriptors: DescriptorSets | None
 ) -> tuple[PathTree | None, dict[str, Step]]:
     """Paths from the method's message, and fields by their full names."""
     entries = [(name, index) for index, each in ordered for name in each.rule.grpc_fields]

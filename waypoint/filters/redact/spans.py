@@ -12,6 +12,8 @@ Found = tuple[int, int] | int
 
 CONTEXT_BYTES = 48
 """How far before a number its name is looked for."""
+SEPARATORS = b" -"
+"""Between the groups of a number."""
 _CLAUSE = re.compile(rb"[,{}\];&]")
 
 
@@ -46,3 +48,11 @@ def stands_alone(view: bytes, start: int, end: int) -> bool:
     if before[-1:] in (b".", b"-", b"/", b"+") and (before[:1].isdigit() or before[-1:] == b"."):
         return False
     return not (after[:1] in (b".", b"-", b"/") and is_word(after[1:]))
+
+
+def after_group(view: bytes, start: int, end: int) -> int:
+    """Where to go on after what is no value: at a separator, not in the middle of digits."""
+    for place in range(start + 1, end):
+        if view[place] in SEPARATORS:
+            return place
+    return end

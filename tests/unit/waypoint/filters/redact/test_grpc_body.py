@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 
 import pytest
@@ -11,7 +12,8 @@ from mesh.errors import ConfigError
 from mesh.model.l7_policy import RedactionAction, RedactionPolicy, RedactionRule
 from waypoint.filters.chain import Blocked, Headers, Request
 from waypoint.filters.redact.bodies import open_body
-from waypoint.filters.redact.descriptors import Descriptors
+from waypoint.filters.redact.descriptors import Descriptors, DescriptorSets
+from waypoint.filters.redact.filter import RedactionFilter
 from waypoint.filters.redact.rules import Plan, Report
 
 FIELD = descriptor_pb2.FieldDescriptorProto
@@ -61,7 +63,7 @@ def redact(raw: bytes, *, path: bytes = b"/shop.v1.Shop/Buy", coding: bytes = b"
     request = Request(method=b"POST", scheme=b"http", authority=b"a", path=path, headers=headers)
     wholes = []
     for step in (len(raw), 1, 3):
-        plan = Plan([(policy, None)], KNOWN)
+        plan = Plan([(policy, None)], DescriptorSets([KNOWN]))
         body = open_body(plan, report or Report(), request, headers, is_request=True)
         assert body is not None
         pieces = [body.feed(raw[i : i + step]) for i in range(0, len(raw), step)]
@@ -135,3 +137,30 @@ def test_what_cannot_be_inspected(raw: bytes, more: dict[str, bytes]) -> None:
 def test_descriptors_that_are_none(raw: bytes) -> None:
     with pytest.raises(ConfigError):
         Descriptors(raw)
+
+
+def test_policies_may_bring_a_set_each() -> None:
+    file = descriptor_pb2.FileDescriptorProto(name="v2.proto", package="shop.v2", syntax="proto3")
+    note = file.message_type.add(name="Note")
+    note.field.add(name="text", number=1, type=FIELD.TYPE_STRING, label=1)
+    other = descriptor_pb2.FileDescriptorSet(file=[file]).SerializeToString()
+
+    def policy(name: str, field: str, known: bytes) -> RedactionPolicy:
+        rule = RedactionRule("r", grpc_fields=(field,), action=RedactionAction("drop"))
+        sets = base64.b64encode(known).decode()
+        return RedactionPolicy("shop", name, "Request", rules=(rule,), descriptors=sets)
+
+    policies = [
+        policy("notes", "shop.v2.Note.text", other),
+        policy("mails", "shop.v1.User.email", descriptor_set()),
+    ]
+    raw = frame(order())
+    for each in (policies, policies[::-1]):
+        redaction = RedactionFilter(each, lambda _name: b"")
+        headers = Headers([(b"content-type", b"application/grpc")])
+        request = Request(method=b"POST", scheme=b"http", authority=b"a", path=b"/shop.v1.Shop/Buy",
+                          headers=headers)  # fmt: skip
+        assert redaction.on_request(request) is None
+        body = redaction.open_request_body(request)
+        assert body is not None
+        assert read(body.feed(raw) + body.finish()).buyer.email == ""  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from mesh.model.l7_policy import (
     RequestCondition,
 )
 from waypoint.filters.chain import Blocked, Headers, Request, Respond, Response
-from waypoint.filters.redact.filter import RedactionFilter, hide_attributes, redact_trailers
+from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 
 EMAIL = RedactionRule(name="mail", detector="email")
 
@@ -148,25 +148,14 @@ def test_a_policy_that_cannot_be_carried_out_fails_closed(
     assert said.status == 500
 
 
-def test_what_spans_and_logs_are_told() -> None:
-    each = make(
-        EMAIL,
-        RedactionRule(name="places", headers=("x-user",), query_params=("tok",)),
-        direction="Response",
-    )
-    request = ask(query=b"tok=1&a=2")
+def test_what_logs_are_told() -> None:
+    each = make(EMAIL, direction="Response")
+    request = ask()
     each.on_request(request)
-    found = {"url.full": "http://a/alice@example.com?tok=123&a=2", "url.query": "tok=123",
-             "http.request.header.x-user": "bob", "http.response.status_code": 200,
-             "server.address": "shop"}  # fmt: skip
-    assert hide_attributes([each], request, found) == {
-        "url.full": "http://a/" + "*" * 17 + "?tok=***&a=2", "url.query": "tok=***",
-        "http.request.header.x-user": "[redacted]", "http.response.status_code": 200,
-        "server.address": "shop",
-    }  # fmt: skip
+    assert each.redact_text(request, b"/alice@example.com") == b"/" + b"*" * 17
+    assert each.redact_text(request, b"/shop") == b"/shop"
     broken = make(EMAIL, problem="unknown field")
     assert broken.redact_text(request, b"/alice") == b"[redacted]"
-    assert hide_attributes([broken], request, {"a": "b", "n": 1}) == {"a": "[redacted]", "n": 1}
 
 
 def test_trailers_are_heads() -> None:
