@@ -25,7 +25,7 @@ from mesh.model.authorization import Authorization
 from mesh.model.service import Service
 from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload
 from mesh.runtime.admin import AdminApp, Request, Response
-from mesh.xds.traffic import TRAFFIC_TYPE
+from mesh.xds.translate import TRAFFIC_TYPE
 
 # How long a listing of the whole cluster may take.
 _READ_SECONDS = 20.0

@@ -33,7 +33,7 @@ from mesh.cluster.objects import (
     is_selected,
 )
 from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication, read_selector
-from mesh.cluster.validate import Finding, finding_of
+from mesh.cluster.validate import Finding, Severity, finding_of
 from mesh.errors import ConfigError
 from mesh.model import service as model
 from mesh.model.authorization import Authorization, PolicyScope
@@ -88,6 +88,13 @@ class ClusterIndex:
     def problems(self, ref: Ref) -> tuple[Finding, ...]:
         """What is wrong or odd about one object."""
         return self._findings.get(ref, ())
+
+    def errors(self, ref: Ref) -> str:
+        """Those of them that keep it from being in force, as one text; empty if there is none."""
+        errors = (each for each in self.problems(ref) if each.severity is Severity.ERROR)
+        return "; ".join(
+            f"{each.field}: {each.message}" if each.field else each.message for each in errors
+        )
 
     def pod(self, namespace: str, name: str) -> Pod | None:
         """The pod of that name."""

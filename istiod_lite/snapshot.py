@@ -25,12 +25,19 @@ from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import GatewayAddress, NamespacedHostname, Workload
 from mesh.proto.discovery_pb2 import Resource as ResourceMessage
-from mesh.xds.traffic import MAX_BYTES, TRAFFIC_TYPE, traffic_to_proto
-from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource, encode, resource_name
+from mesh.xds.traffic import MAX_BYTES, traffic_to_proto
+from mesh.xds.translate import (
+    ADDRESS_TYPE,
+    AUTHORIZATION_TYPE,
+    TRAFFIC_TYPE,
+    Resource,
+    encode,
+    resource_name,
+)
 
 # The order in which a client is told: a policy may name workloads, never the reverse.
 TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE, TRAFFIC_TYPE)
-Told = Resource | TrafficConfig
+Told = Resource
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,7 @@ from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAu
 from mesh.cluster.objects import Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy
 from mesh.cluster.routes import ROUTES, ParentRef, RouteView
-from mesh.cluster.validate import Severity
-from mesh.xds.traffic import TRAFFIC_TYPE
-from mesh.xds.translate import AUTHORIZATION_TYPE
+from mesh.xds.translate import AUTHORIZATION_TYPE, TRAFFIC_TYPE
 
 #: How many proxies hold all of these resources: type, names, account (empty for any).
 Shares = Callable[[str, Collection[str], str], Share]
@@ -77,14 +75,8 @@ def each_status(index: ClusterIndex, shares: Shares) -> Iterator[tuple[Ref, Frag
         yield ref, Fragment(_twice(ref, _unreadable(index, ref, WAYPOINT_ACCEPTED)))
 
 
-def _errors(index: ClusterIndex, ref: Ref) -> str:
-    errors = [each for each in index.problems(ref) if each.severity is Severity.ERROR]
-    return "; ".join(f"{each.field}: {each.message}" if each.field else each.message
-                     for each in errors)  # fmt: skip
-
-
 def _unreadable(index: ClusterIndex, ref: Ref, kind: str) -> Condition:
-    return Condition(kind, "False", "Invalid", _errors(index, ref) or "cannot be read")
+    return Condition(kind, "False", "Invalid", index.errors(ref) or "cannot be read")
 
 
 # -- Gateway ---------------------------------------------------------------------------------
@@ -92,7 +84,7 @@ def _unreadable(index: ClusterIndex, ref: Ref, kind: str) -> Condition:
 
 def _gateway(index: ClusterIndex, gateway: Gateway, shares: Shares) -> Fragment:
     waypoint = index.traffic.waypoints.get(gateway.ref)
-    error = _errors(index, gateway.ref)
+    error = index.errors(gateway.ref)
     if waypoint is None or waypoint.problem or error:
         said = error or (waypoint.problem if waypoint else "not seen yet")
         conditions = (
@@ -199,7 +191,7 @@ def _required(index: ClusterIndex, service: Service) -> Condition | None:
 
 def _route(index: ClusterIndex, route: RouteView, shares: Shares) -> tuple[ParentStatus, ...]:
     found = []
-    error = _errors(index, route.ref)
+    error = index.errors(route.ref)
     for parent in route.parents:
         if (parent.group, parent.kind) != ("", "Service"):
             continue
@@ -270,7 +262,7 @@ def _policy(index: ClusterIndex, ref: Ref, policy: object, shares: Shares) -> tu
             return (_at_ztunnel(index, ref, shares),)
         message = "without targetRefs no waypoint reads it, and node proxies see no tokens"
         return (Condition(WAYPOINT_ACCEPTED, "False", "AncestorNotBound", message),)
-    if error := _errors(index, ref):
+    if error := index.errors(ref):
         message = f"the state before stays in force: {error}"
         return _twice(ref, Condition(WAYPOINT_ACCEPTED, "False", "Invalid", message))
     return _twice(ref, _at_waypoints(index, ref, len(refs), shares))
@@ -284,7 +276,7 @@ def _twice(ref: Ref, condition: Condition) -> tuple[Condition, ...]:
 
 def _at_ztunnel(index: ClusterIndex, ref: Ref, shares: Shares) -> Condition:
     key = f"{ref.namespace}/{ref.name}"
-    if error := _errors(index, ref):
+    if error := index.errors(ref):
         return Condition(ZTUNNEL_ACCEPTED, "False", "Invalid", error)
     odd = "; ".join(f"{each.field}: {each.message}" for each in index.problems(ref))
     if key not in index.policies:

@@ -13,8 +13,7 @@ from istiod_lite.subscriptions import Share
 from mesh.cluster.api import Ref
 from mesh.cluster.objects import Service
 from mesh.cluster.traffic_policies import DestinationRule, XBackendTrafficPolicy
-from mesh.cluster.validate import Severity
-from mesh.xds.traffic import TRAFFIC_TYPE
+from mesh.xds.translate import TRAFFIC_TYPE
 
 Shares = Callable[[str, Collection[str], str], Share]
 _LISTED = 5
@@ -32,7 +31,7 @@ def each_status(index: ClusterIndex, shares: Shares) -> Iterator[tuple[Ref, Frag
 
 def _rule(index: ClusterIndex, rule: DestinationRule, shares: Shares) -> Condition:
     kind = WAYPOINT_ACCEPTED
-    if error := _error(index, rule.ref):
+    if error := index.errors(rule.ref):
         return Condition(kind, "False", "Invalid", f"the state before stays in force: {error}")
     mesh, inventory = index.mesh, index.inventory
     services = [each for each in inventory.all(Service) if backends.concerns(mesh, rule, each)]
@@ -50,7 +49,7 @@ def _policy(
     index: ClusterIndex, policy: XBackendTrafficPolicy, target: Ref, shares: Shares
 ) -> Condition:
     kind = "Accepted"
-    if error := _error(index, policy.ref):
+    if error := index.errors(policy.ref):
         return Condition(kind, "False", "Invalid", f"the state before stays in force: {error}")
     service = index.inventory.get(Service, target.namespace, target.name)
     if service is None:
@@ -90,9 +89,3 @@ def _reached(
     if not 0 < total == held:
         return Condition(kind, "Unknown", "Pending", message)
     return Condition(kind, "True", "PartiallyInvalid" if ignored else "Accepted", message)
-
-
-def _error(index: ClusterIndex, ref: Ref) -> str:
-    errors = [each for each in index.problems(ref) if each.severity is Severity.ERROR]
-    return "; ".join(f"{each.field}: {each.message}" if each.field else each.message
-                     for each in errors)  # fmt: skip

@@ -22,8 +22,7 @@ from istiod_lite.snapshot import TYPES, Delta, Snapshot
 from mesh.errors import RemoteProtocolError
 from mesh.model.service import Service
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
-from mesh.xds.traffic import TRAFFIC_TYPE
-from mesh.xds.translate import ADDRESS_TYPE
+from mesh.xds.translate import ADDRESS_TYPE, TRAFFIC_TYPE
 
 MAX_TYPES = 8
 MAX_KEYS = 100_000

@@ -44,8 +44,7 @@ from mesh.secrets import SecretManager, fetch_certificate
 from mesh.sockets import open_listener
 from mesh.xds.client import NodeInfo, run_xds
 from mesh.xds.endpoint import Endpoint, parse_address
-from mesh.xds.traffic import TRAFFIC_TYPE
-from mesh.xds.translate import ADDRESS_TYPE
+from mesh.xds.translate import ADDRESS_TYPE, TRAFFIC_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
 from waypoint.counters import Counters

@@ -16,7 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, assert_never, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NoReturn,
+    Protocol,
+    assert_never,
+    runtime_checkable,
+)
 
 import trio
 
@@ -25,14 +33,15 @@ from mesh.errors import ConfigError, LocalProtocolError, MeshError
 from mesh.grpc.client import Channel, ClientStream
 from mesh.grpc.codec import Code, GrpcError, Method
 from mesh.model.authorization import Authorization
-from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
 from mesh.retry import Backoff, Random
 from mesh.xds.delta import Apply, DeltaClient, Ready, Rejected, Send
-from mesh.xds.traffic import TRAFFIC_TYPE
-from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE
+from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, TRAFFIC_TYPE
+
+if TYPE_CHECKING:
+    from mesh.model.l7_policy import TrafficConfig
 
 DELTA_AGGREGATED_RESOURCES = Method(
     path="/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
@@ -261,7 +270,9 @@ class _Shell:
         if command.type_url == TRAFFIC_TYPE:
             if not isinstance(self._store, TrafficSink):
                 raise LocalProtocolError("this store takes no TrafficConfig")
-            configs = [r for r in command.updated if isinstance(r, TrafficConfig)]
+            configs = [
+                r for r in command.updated if not isinstance(r, Workload | Service | Authorization)
+            ]
             changed = self._store.apply_traffic(configs, command.removed)
         elif command.type_url == ADDRESS_TYPE:
             addresses = [r for r in command.updated if isinstance(r, Workload | Service)]

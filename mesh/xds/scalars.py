@@ -1,4 +1,4 @@
-"""The scalars of workload xDS: addresses, prefixes, ports, enumerations.
+"""The scalars of workload xDS: addresses, prefixes, ports, enumerations; and messages as bytes.
 
 Addresses are 4 or 16 bytes on the wire and canonical text in the model; an IPv4 address
 mapped into IPv6 is the IPv4 address. Everything out of range raises ConfigError.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 import ipaddress
 from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from mesh.errors import ConfigError
 
@@ -82,3 +84,11 @@ def enum_member(kind: type[_E], number: int, default: _E | None = None) -> _E:
 def enum_number(member: enum.Enum) -> Any:
     """The wire number; untyped, as each generated field wants its own enumeration."""
     return member.value
+
+
+def parse(message: Message, data: bytes) -> None:
+    """Fill a message. Raises ConfigError."""
+    try:
+        message.ParseFromString(data)
+    except (DecodeError, ValueError) as exc:  # ValueError: text that is not UTF-8
+        raise ConfigError(f"undecodable {message.DESCRIPTOR.name}") from exc

@@ -15,8 +15,8 @@ import msgspec
 from mesh.errors import ConfigError
 from mesh.model.l7_policy import TrafficConfig
 from mesh.proto.waypoint_pb2 import TrafficConfig as TrafficMessage
+from mesh.xds.scalars import parse
 
-TRAFFIC_TYPE: Final = "type.googleapis.com/ambit.waypoint.v1.TrafficConfig"
 SCHEMA: Final = 1
 MAX_BYTES: Final = 8 << 20
 
@@ -26,6 +26,13 @@ _encoder = msgspec.json.Encoder(order="sorted")
 def traffic_to_proto(config: TrafficConfig) -> TrafficMessage:
     """The message of one resource; its name is `config.key`."""
     return TrafficMessage(schema=SCHEMA, model=_encoder.encode(config))
+
+
+def read_traffic(data: bytes) -> TrafficConfig:
+    """Read a serialised resource. Raises ConfigError with the reason of a NACK."""
+    message = TrafficMessage()
+    parse(message, data)
+    return traffic_from_proto(message)
 
 
 def traffic_from_proto(message: TrafficMessage) -> TrafficConfig:

@@ -1,6 +1,7 @@
 """Wire and model: `istio.workload` and `istio.security` resources to values and back.
 
-With its neighbours `translate_policy` and `scalars` the only place that knows both.
+With its neighbours `translate_policy` and `scalars` the only place that knows both. What waypoints
+are told is `traffic`'s, which is loaded where there is some: a node proxy never has it.
 Reading is strict: what cannot be understood raises ConfigError, whose text becomes the
 NACK's reason; nothing is dropped silently, because a resource read with a part missing is
 another resource. Two enumerations are lenient by protocol: an unknown visibility is
@@ -12,13 +13,13 @@ Writing is canonical: equal values have equal bytes, and so equal versions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from mesh.errors import ConfigError
 from mesh.identity import DEFAULT_TRUST_DOMAIN
 from mesh.model.authorization import Authorization
-from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import (
     AppProtocol,
     HealthPolicy,
@@ -44,7 +45,7 @@ from mesh.model.workload import (
     WorkloadStatus,
     WorkloadType,
 )
-from mesh.proto import authorization_pb2, waypoint_pb2, workload_pb2
+from mesh.proto import authorization_pb2, workload_pb2
 from mesh.xds.scalars import (
     enum_member,
     enum_number,
@@ -52,15 +53,20 @@ from mesh.xds.scalars import (
     ip_text,
     network_from,
     network_parts,
+    parse,
     port_number,
 )
-from mesh.xds.traffic import TRAFFIC_TYPE, traffic_from_proto, traffic_to_proto
 from mesh.xds.translate_policy import authorization_from_proto, authorization_to_proto
+
+if TYPE_CHECKING:
+    from mesh.model.l7_policy import TrafficConfig
 
 ADDRESS_TYPE = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION_TYPE = "type.googleapis.com/istio.security.Authorization"
 
-Resource = Workload | Service | Authorization | TrafficConfig
+TRAFFIC_TYPE = "type.googleapis.com/ambit.waypoint.v1.TrafficConfig"
+
+Resource: TypeAlias = "Workload | Service | Authorization | TrafficConfig"
 
 _DEFAULT_SERVICE_ACCOUNT = "default"
 _DEFAULT_CLUSTER = "Kubernetes"
@@ -73,7 +79,7 @@ def resource_name(resource: Resource) -> str:
             return resource.uid
         case Service():
             return str(resource.key)
-        case Authorization() | TrafficConfig():
+        case _:
             return resource.key
 
 
@@ -88,7 +94,9 @@ def encode(resource: Resource) -> bytes:
                 message = workload_pb2.Address(service=service_to_proto(resource))
             case Authorization():
                 message = authorization_to_proto(resource)
-            case TrafficConfig():
+            case _:
+                from mesh.xds.traffic import traffic_to_proto
+
                 message = traffic_to_proto(resource)
         return message.SerializeToString(deterministic=True)
     except ValueError as exc:  # a number out of range, text that is not Unicode
@@ -98,7 +106,7 @@ def encode(resource: Resource) -> bytes:
 def decode_address(data: bytes) -> Workload | Service:
     """Read a serialised Address. Raises ConfigError with the reason of a NACK."""
     address = workload_pb2.Address()
-    _parse(address, data)
+    parse(address, data)
     match address.WhichOneof("type"):
         case "workload":
             return workload_from_proto(address.workload)
@@ -111,15 +119,15 @@ def decode_address(data: bytes) -> Workload | Service:
 def decode_authorization(data: bytes) -> Authorization:
     """Read a serialised Authorization. Raises ConfigError with the reason of a NACK."""
     message = authorization_pb2.Authorization()
-    _parse(message, data)
+    parse(message, data)
     return authorization_from_proto(message)
 
 
 def decode_traffic(data: bytes) -> TrafficConfig:
     """Read a serialised TrafficConfig. Raises ConfigError with the reason of a NACK."""
-    message = waypoint_pb2.TrafficConfig()
-    _parse(message, data)
-    return traffic_from_proto(message)
+    from mesh.xds.traffic import read_traffic
+
+    return read_traffic(data)
 
 
 DECODERS: Mapping[str, Callable[[bytes], Resource]] = {
@@ -298,13 +306,6 @@ def service_to_proto(service: Service) -> workload_pb2.Service:
         message.load_balancing.mode = enum_number(balancing.mode)
         message.load_balancing.health_policy = enum_number(balancing.health_policy)
     return message
-
-
-def _parse(message: Message, data: bytes) -> None:
-    try:
-        message.ParseFromString(data)
-    except (DecodeError, ValueError) as exc:  # ValueError: text that is not UTF-8
-        raise ConfigError(f"undecodable {message.DESCRIPTOR.name}") from exc
 
 
 def _application_tunnel_from(message: workload_pb2.Workload) -> ApplicationTunnel | None:

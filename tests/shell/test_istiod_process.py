@@ -180,19 +180,22 @@ def istiod(tmp_path: Path) -> Iterator[Running]:
         process.wait(10)
 
 
-METADATA = [("authorization", f"Bearer {mint()}"), ("clusterid", "Kubernetes")]
+def call_metadata(**claims: str) -> list[tuple[str, str]]:
+    """Of a call by the node proxy. Its token lasts ten minutes, the suite longer."""
+    return [("authorization", f"Bearer {mint(**claims)}"), ("clusterid", "Kubernetes")]
 
 
 class DeltaClient:
     """A delta client in threads of grpcio's, with everything it was told."""
 
-    def __init__(self, channel: grpc.Channel, metadata=METADATA) -> None:
+    def __init__(self, channel: grpc.Channel, metadata=None) -> None:
         self._requests: queue.Queue[DeltaDiscoveryRequest | None] = queue.Queue()
         call = channel.stream_stream(
             "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
             request_serializer=DeltaDiscoveryRequest.SerializeToString,
             response_deserializer=DeltaDiscoveryResponse.FromString,
         )
+        metadata = call_metadata() if metadata is None else metadata
         self.call = call(iter(self._requests.get, None), metadata=metadata)
         self.responses: queue.Queue[DeltaDiscoveryResponse] = queue.Queue()
         self.resources: dict[str, bytes] = {}
@@ -328,7 +331,7 @@ def test_certificates_for_this_nodes_pods_only(istiod: Running) -> None:
     csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     pem = csr.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
-    def ask(identity: str, metadata=METADATA) -> list[str]:
+    def ask(identity: str, metadata) -> list[str]:
         request = IstioCertificateRequest(csr=pem, validity_duration=3600)
         request.metadata.update({"ImpersonatedIdentity": identity})
         with istiod.channel() as channel:
@@ -339,15 +342,14 @@ def test_certificates_for_this_nodes_pods_only(istiod: Running) -> None:
             )
             return list(create(request, metadata=metadata, timeout=10).cert_chain)
 
-    chain = ask("spiffe://cluster.local/ns/demo/sa/sleep")
+    chain = ask("spiffe://cluster.local/ns/demo/sa/sleep", call_metadata())
     leaf = x509.load_pem_x509_certificate(chain[0].encode())
     names = leaf.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).value
     assert [each.value for each in names] == ["spiffe://cluster.local/ns/demo/sa/sleep"]
     assert chain[-1].encode() == istiod.root()
-    other = [("authorization", f"Bearer {mint(account='other')}")]
     for identity, metadata in (
-        ("spiffe://cluster.local/ns/demo/sa/nobody", METADATA),
-        ("spiffe://cluster.local/ns/demo/sa/sleep", other),
+        ("spiffe://cluster.local/ns/demo/sa/nobody", call_metadata()),
+        ("spiffe://cluster.local/ns/demo/sa/sleep", call_metadata(account="other")),
         ("spiffe://cluster.local/ns/demo/sa/sleep", []),
     ):
         with pytest.raises(grpc.RpcError) as refused:

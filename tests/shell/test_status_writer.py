@@ -16,7 +16,7 @@ from mesh.cluster.api import Ref
 from mesh.cluster.directory import DirectoryCluster
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, Node
 from mesh.xds.client import DELTA_AGGREGATED_RESOURCES
-from mesh.xds.traffic import TRAFFIC_TYPE
+from mesh.xds.translate import TRAFFIC_TYPE
 from tests.support.gateways import (
     USE,
     authorization,

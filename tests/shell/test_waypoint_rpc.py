@@ -12,7 +12,7 @@ from mesh.grpc.codec import Code, GrpcError
 from mesh.model.l7_policy import TrafficConfig
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
 from mesh.xds.client import DELTA_AGGREGATED_RESOURCES
-from mesh.xds.traffic import TRAFFIC_TYPE
+from mesh.xds.translate import TRAFFIC_TYPE
 from tests.support.istiod import Istiod, mint, running_istiod
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")

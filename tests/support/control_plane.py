@@ -32,8 +32,7 @@ from mesh.secrets import CREATE_CERTIFICATE
 from mesh.tls.certificate import Certificate, issued_certificate, new_request
 from mesh.tls.context import control_plane_server
 from mesh.xds.client import DELTA_AGGREGATED_RESOURCES
-from mesh.xds.traffic import TRAFFIC_TYPE
-from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, encode, resource_name
+from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, TRAFFIC_TYPE, encode, resource_name
 
 Resource = Workload | Service | Authorization | TrafficConfig
 

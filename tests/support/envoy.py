@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -24,30 +25,33 @@ def free_port() -> int:
         return port
 
 
-def _tls(directory: Path, name: str) -> str:
-    """A CommonTlsContext; JSON is YAML, whatever the indentation around it."""
-    return json.dumps(
-        {
-            "alpn_protocols": ["h2"],
-            # The default maximum for clients is TLS 1.2.
-            "tls_params": {
-                "tls_minimum_protocol_version": "TLSv1_3",
-                "tls_maximum_protocol_version": "TLSv1_3",
-            },
-            "tls_certificates": [
-                {
-                    "certificate_chain": {"filename": f"{directory}/{name}.pem"},
-                    "private_key": {"filename": f"{directory}/{name}.key"},
-                }
+def common_tls(directory: Path, name: str) -> dict[str, Any]:
+    """A CommonTlsContext: mutual TLS 1.3 by the files of `name`, with the mesh's identities."""
+    return {
+        "alpn_protocols": ["h2"],
+        # The default maximum for clients is TLS 1.2.
+        "tls_params": {
+            "tls_minimum_protocol_version": "TLSv1_3",
+            "tls_maximum_protocol_version": "TLSv1_3",
+        },
+        "tls_certificates": [
+            {
+                "certificate_chain": {"filename": f"{directory}/{name}.pem"},
+                "private_key": {"filename": f"{directory}/{name}.key"},
+            }
+        ],
+        "validation_context": {
+            "trusted_ca": {"filename": f"{directory}/ca.pem"},
+            "match_typed_subject_alt_names": [
+                {"san_type": "URI", "matcher": {"prefix": "spiffe://cluster.local/"}}
             ],
-            "validation_context": {
-                "trusted_ca": {"filename": f"{directory}/ca.pem"},
-                "match_typed_subject_alt_names": [
-                    {"san_type": "URI", "matcher": {"prefix": "spiffe://cluster.local/"}}
-                ],
-            },
-        }
-    )
+        },
+    }
+
+
+def _tls(directory: Path, name: str) -> str:
+    """The same as JSON, which is YAML, whatever the indentation around it."""
+    return json.dumps(common_tls(directory, name))
 
 
 def _address(port: int, host: str = LOOPBACK) -> str:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.support.envoy import common_tls
+
 NODE, THEIRS = "127.0.0.2", "127.0.0.4"
 USERS = ("alice", "bob")
 PLENTY = 100_000_000
@@ -212,28 +214,9 @@ def _internal(name: str, listener: str, *, h2: bool) -> dict[str, Any]:
 
 
 def _tls(directory: Path, name: str, side: str) -> dict[str, Any]:
-    common = {
-        "alpn_protocols": ["h2"],
-        "tls_params": {
-            "tls_minimum_protocol_version": "TLSv1_3",
-            "tls_maximum_protocol_version": "TLSv1_3",
-        },
-        "tls_certificates": [
-            {
-                "certificate_chain": {"filename": f"{directory}/{name}.pem"},
-                "private_key": {"filename": f"{directory}/{name}.key"},
-            }
-        ],
-        "validation_context": {
-            "trusted_ca": {"filename": f"{directory}/ca.pem"},
-            "match_typed_subject_alt_names": [
-                {"san_type": "URI", "matcher": {"prefix": "spiffe://cluster.local/"}}
-            ],
-        },
-    }
     config: dict[str, Any] = {
         "@type": f"{_E}.transport_sockets.tls.v3.{side}TlsContext",
-        "common_tls_context": common,
+        "common_tls_context": common_tls(directory, name),
     }
     if side == "Downstream":
         config["require_client_certificate"] = True

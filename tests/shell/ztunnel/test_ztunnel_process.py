@@ -38,7 +38,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[3]
-RESIDENT_LIMIT_KIB = 64 * 1024
+RESIDENT_LIMIT_KIB = 60 * 1024
 FORBIDDEN = ("kubernetes", "grpc", "pyroute2", "pydantic")
 
 

@@ -14,8 +14,7 @@ from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import NetworkAddress, Workload
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
-from mesh.xds.traffic import TRAFFIC_TYPE
-from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, resource_name
+from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, TRAFFIC_TYPE, resource_name
 
 NODE = Node(id="ztunnel~10.0.0.1~ztunnel-n1.istio-system~istio-system.svc.cluster.local")
 NODE.metadata.update({"NAMESPACE": "istio-system", "NODE_NAME": "n1", "WORKERS": 2})

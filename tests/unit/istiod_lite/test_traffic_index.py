@@ -8,7 +8,7 @@ from istiod_lite import l7_policies, snapshot
 from istiod_lite.relation import Relation
 from mesh.cluster.api import Ref
 from mesh.model.l7_policy import L7Operation, L7Rule, L7Source
-from mesh.xds.traffic import TRAFFIC_TYPE
+from mesh.xds.translate import TRAFFIC_TYPE
 from tests.support.gateways import (
     OURS,
     SECURITY,
