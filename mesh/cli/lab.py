@@ -378,8 +378,7 @@ def demo(form: str, keep_going: bool) -> None:
     """
     import trio
 
-    from mesh.lab.demo import Step, as_json, tell
-    from mesh.lab.story import STEPS
+    from mesh.lab.demo import STEPS, Step, as_json, tell
 
     live = form == "text" and sys.stdout.isatty()
 
