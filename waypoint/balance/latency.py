@@ -30,7 +30,7 @@ class Latency:
         self._average += SHARE * (min(taken, LONGEST_SECONDS) - self._average)
 
     def expected(self, now: float, active: int) -> float:
-        """Seconds that the next request will take. While some are under way nothing is forgotten."""
+        """Seconds that the next request will take; with some under way nothing is forgotten."""
         if active or not self._heard:
             return self._average
         return self._average * math.exp((self._heard - now) / FORGOTTEN_SECONDS)
