@@ -107,7 +107,7 @@ class IstiodConfig:
     monitoring_host: str = setting(
         env="MONITORING_HOST",
         default="127.0.0.1",
-        doc="Address of the same. On any but a loopback address /debug is not served.",
+        doc="Address of the same. /debug answers callers from a loopback address only.",
     )
     waypoint_image: str = setting(
         env="WAYPOINT_IMAGE", default="ambit/waypoint", doc="Image of the pods of waypoints."
@@ -227,8 +227,3 @@ class IstiodConfig:
             *self.custom_hosts,
         )
         return tuple(dict.fromkeys(names))
-
-    @property
-    def serves_debug(self) -> bool:
-        """Whether only this machine (or network namespace) can reach the monitoring port."""
-        return ipaddress.ip_address(self.monitoring_host).is_loopback
