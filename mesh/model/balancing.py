@@ -109,16 +109,15 @@ def choose_endpoint(
     objects: the Store makes new ones when something changes.
     """
     group = _group(service, endpoints, service_port, source)
+    if avoid:
+        # Those left may be farther away than any of the group.
+        others = [each for each in endpoints if each.workload.uid not in avoid]
+        farther = _make_group(service, others, service_port, source)
+        group = farther if farther.cumulated else group
     if not group.cumulated:
         return Choice(None, group.reason)
-    candidates, cumulated = group.candidates, group.cumulated
-    if avoid:
-        others = [each for each in candidates if each.workload.uid not in avoid]
-        weights = list(itertools.accumulate(each.workload.capacity for each in others))
-        if weights and weights[-1]:
-            candidates, cumulated = others, weights
-    (chosen,) = rng.choices(range(len(candidates)), cum_weights=cumulated)
-    return Choice(candidates[chosen])
+    (chosen,) = rng.choices(range(len(group.candidates)), cum_weights=group.cumulated)
+    return Choice(group.candidates[chosen])
 
 
 def find_candidates(

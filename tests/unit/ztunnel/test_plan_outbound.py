@@ -503,6 +503,16 @@ def test_another_endpoint_is_found_but_only_through_a_tunnel() -> None:
     assert elsewhere(WEB1, to="10.0.0.2", unreached={WEB1.uid}) is None
 
 
+@pytest.mark.parametrize("mode", [Mode.FAILOVER, Mode.STRICT])
+def test_who_is_farther_away_stands_in_unless_that_is_forbidden(mode: Mode) -> None:
+    near = LoadBalancing((Scope.NODE,), mode)
+    service = replace(WEB, load_balancing=near)
+    web1 = replace(WEB1, node=SOURCE.node)
+    web2 = replace(WEB1, uid="web2", addresses=("10.0.0.3",), node="far")
+    found = elsewhere(service, web1, web2, to="10.96.0.1", unreached={WEB1.uid})
+    assert (None if found is None else found.workload) == (web2 if mode is Mode.FAILOVER else None)
+
+
 def test_who_has_no_capacity_does_not_stand_in() -> None:
     idle = replace(WEB1, uid="web2", addresses=("10.0.0.3",), capacity=0)
     assert elsewhere(WEB, WEB1, idle, to="10.96.0.1", unreached={WEB1.uid}) is None
