@@ -93,6 +93,11 @@ class IstiodConfig:
         default="",
         doc="This replica's name in leader election; without it there is no election.",
     )
+    lease_seconds: float = setting(
+        env="LEASE_DURATION_SECONDS",
+        default=15.0,
+        doc="How long after a leader's last word another replica writes; at least 2.",
+    )
     xds_port: int = setting(
         env="XDS_PORT", default=15012, doc="Port of xDS and certificates, gRPC over TLS."
     )
@@ -151,6 +156,8 @@ class IstiodConfig:
             raise ConfigError("is no port", field="xds_port")
         if not 0 <= self.monitoring_port <= 65535:
             raise ConfigError("is no port", field="monitoring_port")
+        if not self.lease_seconds >= 2:
+            raise ConfigError("is too short to be renewed in", field="lease_seconds")
         for name in ("drain_seconds", "state_wait_seconds", "state_max_age_seconds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError("is negative", field=name)

@@ -72,6 +72,7 @@ def test_on_kubernetes_only_the_keys_need_a_place():
         ({"CLUSTER_SOURCE": "kubernetes"}, "cluster_dir"),
         ({"CLUSTER_SOURCE": "etcd"}, "CLUSTER_SOURCE"),
         ({"CA_SECRET": "authority"}, "ca_secret|CA_SECRET"),
+        ({"LEASE_DURATION_SECONDS": "1"}, "LEASE_DURATION_SECONDS"),
     ],
 )
 def test_a_directory_is_not_kubernetes(wrong, named):
