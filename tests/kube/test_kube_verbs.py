@@ -54,7 +54,7 @@ def test_a_cluster_that_is_not_there(installed: KubeServer, tmp_path: Path) -> N
     config = tmp_path / "config"
     text = installed.kubeconfig().read_text()
     # Its port is closed.
-    config.write_text(text.replace(f"127.0.0.1:{installed.port}", f"127.0.0.1:{free_port()}"))
+    config.write_text(text.replace(installed.url, f"https://127.0.0.1:{free_port()}"))
     away = CliRunner().invoke(cli, ["enroll", "demo", "--kubeconfig", str(config)])
     assert away.exit_code == 4
     assert "does not answer" in away.stderr
