@@ -94,6 +94,11 @@ class IstiodConfig:
         default="",
         doc="This replica's name in leader election; without it there is no election.",
     )
+    lease_seconds: float = setting(
+        env="LEASE_DURATION_SECONDS",
+        default=15.0,
+        doc="How long after a leader's last word another replica writes; at least 2.",
+    )
     xds_port: int = setting(
         env="XDS_PORT", default=15012, doc="Port of xDS and certificates, gRPC over TLS."
     )
@@ -108,7 +113,7 @@ class IstiodConfig:
     monitoring_host: str = setting(
         env="MONITORING_HOST",
         default="127.0.0.1",
-        doc="Address of the same. On any but a loopback address /debug is not served.",
+        doc="Address of the same. /debug answers callers from a loopback address only.",
     )
     waypoint_image: str = setting(
         env="WAYPOINT_IMAGE", default="ambit/waypoint", doc="Image of the pods of waypoints."
@@ -158,6 +163,8 @@ class IstiodConfig:
             raise ConfigError("is no port", field="xds_port")
         if not 0 <= self.monitoring_port <= 65535:
             raise ConfigError("is no port", field="monitoring_port")
+        if not self.lease_seconds >= 2:
+            raise ConfigError("is too short to be renewed in", field="lease_seconds")
         for name in ("drain_seconds", "state_wait_seconds", "state_max_age_seconds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError("is negative", field=name)
@@ -248,8 +255,3 @@ class IstiodConfig:
             *self.custom_hosts,
         )
         return tuple(dict.fromkeys(names))
-
-    @property
-    def serves_debug(self) -> bool:
-        """Whether only this machine (or network namespace) can reach the monitoring port."""
-        return ipaddress.ip_address(self.monitoring_host).is_loopback

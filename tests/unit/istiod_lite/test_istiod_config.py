@@ -36,7 +36,6 @@ def test_defaults():
     assert found.token_audiences == ("istio-ca",)
     # Nobody may ask for others' certificates unless it is said who.
     assert found.ca_trusted_node_accounts == ()
-    assert found.serves_debug
     assert found.serving_names()[:2] == (
         "istiod.istio-system.svc",
         "istiod.istio-system.svc.cluster.local",
@@ -58,7 +57,6 @@ def test_all_of_it():
     assert found.serving_names()[0] == "istiod.root.svc"
     assert {"a.b", "10.0.0.1"} <= set(found.serving_names())
     assert found.ca_trusted_node_accounts == ("root/ztunnel", "x/y")
-    assert not found.serves_debug
 
 
 def test_what_waypoints_are_told_of_traces():
@@ -84,6 +82,7 @@ def test_on_kubernetes_only_the_keys_need_a_place():
         ({"CLUSTER_SOURCE": "kubernetes"}, "cluster_dir"),
         ({"CLUSTER_SOURCE": "etcd"}, "CLUSTER_SOURCE"),
         ({"CA_SECRET": "authority"}, "ca_secret|CA_SECRET"),
+        ({"LEASE_DURATION_SECONDS": "1"}, "LEASE_DURATION_SECONDS"),
     ],
 )
 def test_a_directory_is_not_kubernetes(wrong, named):
