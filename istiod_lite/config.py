@@ -13,6 +13,7 @@ from mesh.cluster.open import SOURCES, ClusterChoice
 from mesh.errors import ConfigError
 from mesh.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
 from mesh.runtime.config import setting
+from mesh.runtime.tracing.settings import read_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,12 @@ class IstiodConfig:
         default="python3 -m waypoint",
         doc="Command of the pods of waypoints, split as a shell does.",
     )
+    waypoint_traces: str = setting(
+        env="WAYPOINT_TRACES",
+        default="",
+        doc="OTEL_* variables of every waypoint, `NAME=value,NAME=value` percent-encoded; "
+        "`$(HOST_IP)` in a value is the address of its node.",
+    )
     state_file: str = setting(
         env="STATE_FILE",
         default="",
@@ -181,6 +188,7 @@ class IstiodConfig:
             has_command = False
         if not has_command:
             raise ConfigError("is no command", field="waypoint_command")
+        self._waypoint_traces()
         for account in self.ca_trusted_node_accounts:
             if account.count("/") != 1 or not all(account.split("/")):
                 raise ConfigError(
@@ -218,7 +226,20 @@ class IstiodConfig:
             trust_domain=self.trust_domain,
             cluster_domain=self.cluster_domain,
             cluster_id=self.cluster_id,
+            traces=tuple(self._waypoint_traces().items()),
         )
+
+    def _waypoint_traces(self) -> dict[str, str]:
+        """The OTEL_* variables of every waypoint. Raises ConfigError."""
+        found = read_pairs(self.waypoint_traces, "waypoint_traces")
+        for name in found:
+            if not name.startswith("OTEL_") or name.endswith("_HEADERS"):
+                raise ConfigError(
+                    f"{name} is not passed on to waypoints",
+                    field="waypoint_traces",
+                    hint="OTEL_* variables without secrets: everybody in a namespace can read them",
+                )
+        return found
 
     def serving_names(self) -> tuple[str, ...]:
         """Names and addresses that the serving certificate is good for."""

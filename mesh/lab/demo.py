@@ -1,7 +1,7 @@
 """The story that `ambit lab demo` tells: the mesh at work on this machine, in a lab of its own.
 
 This module brings the lab up as a user would, copies the example application, and tells
-the steps of `mesh.lab.story` one after the other.
+the steps of `mesh.lab.story` and `mesh.lab.story_l7` one after the other.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ import trio
 
 from mesh.errors import ConfigError, MeshError, Unavailable
 from mesh.lab.control import LabClient
-from mesh.lab.story import NODES, POLL_SECONDS, STEPS, Failed, Story, in_thread
+from mesh.lab.story import FIRST_STEPS, LAST_STEPS, NODES, POLL_SECONDS, Failed, Story, in_thread
+from mesh.lab.story_l7 import L7_STEPS
+from mesh.lab.story_objects import TRACES
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "manifests" / "examples" / "shop"
+STEPS = (*FIRST_STEPS, *L7_STEPS, *LAST_STEPS)
 STEP_SECONDS = 90.0
 
 
@@ -45,7 +48,13 @@ async def own_lab(name: str, directory: Path) -> AsyncIterator[LabClient]:
     argv += ["--dir", str(directory), "--nodes", str(NODES)]
     async with trio.open_nursery() as nursery:
         run = partial(
-            trio.run_process, argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+            trio.run_process,
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=False,
+            env=os.environ | TRACES,
         )
         process = await nursery.start(run)
         try:

@@ -467,7 +467,7 @@ class Held:
         await self._process.wait()
 
 
-STEPS: tuple[tuple[str, Callable[[Story], Awaitable[str]]], ...] = (
+FIRST_STEPS: tuple[tuple[str, Callable[[Story], Awaitable[str]]], ...] = (
     ("lab-up", Story.lab_up),
     ("plaintext-before-enroll", Story.plaintext_before_enroll),
     ("enroll", Story.enroll),
@@ -481,6 +481,8 @@ STEPS: tuple[tuple[str, Callable[[Story], Awaitable[str]]], ...] = (
     ("identities", Story.identities),
     ("deny-by-identity", Story.deny_by_identity),
     ("strict", Story.strict),
+)
+LAST_STEPS: tuple[tuple[str, Callable[[Story], Awaitable[str]]], ...] = (
     ("live-connection-survives-enroll", Story.live_connection_survives_enroll),
     ("unenroll", Story.unenroll),
 )

@@ -5,13 +5,16 @@
 Lookup and routing (`ztunnel.plan.plan_outbound` to an address and to a service that has a tenth of
 the workloads as endpoints) with 10, 1 000 and 100 000 workloads; policy
 (`ztunnel.connections.Judges.evaluate`, nothing matches before the last) with 10, 1 000 and 10 000
-policies of the workload's namespace; and the time to take 100 000 workloads over from the
+policies of the workload's namespace; at the waypoint a route (`waypoint.plan.Routes`) and L7 policy
+(`waypoint.filters.authorize.Authorizer`) with 10, 1 000 and 10 000 rules, of which the last matches
+or none; and the time to take 100 000 workloads over from the
 controller (`mesh.model.store.Store.apply_addresses`), in seconds. Kept in .bench/growth.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -32,15 +35,21 @@ from mesh.model.authorization import (
     StringKind,
     StringMatch,
 )
+from mesh.model.l7_policy import L7Action, L7Authorization, L7Operation, L7Rule, L7Source
+from mesh.model.route import Backend, PathMatch, Route, RouteMatch, RouteRule
 from mesh.model.service import Service, ServicePort
 from mesh.model.store import Store
 from mesh.model.workload import NetworkAddress, TunnelProtocol, Workload
 from mesh.sockets import SocketAddress
+from waypoint.filters.authorize import Authorizer
+from waypoint.filters.chain import Request
+from waypoint.plan import Forward, Routes
 from ztunnel.connections import Judges
 from ztunnel.plan import OutboundPlan, plan_outbound
 
 WORKLOADS = (10, 1_000, 100_000)
 POLICIES = (10, 1_000, 10_000)
+L7_ACTIONS: tuple[L7Action, ...] = ("DENY", "ALLOW")
 NAME = "shop/web.shop.svc.cluster.local"
 RESULTS = Path(__file__).parents[2] / ".bench" / "growth.json"
 
@@ -136,6 +145,52 @@ def _callers(account: str) -> Match:
     return Match(principals=(StringMatch(StringKind.EXACT, principal),))
 
 
+def l7_request(path: str) -> Request:
+    """GET `path` of `web`, by web's own service account."""
+    return Request(
+        method=b"GET",
+        scheme=b"http",
+        authority=b"web",
+        path=path.encode(),
+        source=SpiffeId("cluster.local", "shop", "web"),
+    )
+
+
+def l7_routing(count: int) -> float:
+    """One route for each of `count` prefixes; the last is asked for."""
+    rules = tuple(
+        RouteRule(
+            f"r{number}",
+            (RouteMatch(PathMatch("PathPrefix", f"/api/v{number % 7}/thing-{number}")),),
+            backends=(Backend("shop/web", 80),),
+        )
+        for number in range(count)
+    )
+    routes = Routes("shop/web", (Route("HTTPRoute", "shop", "web", rules=rules),))
+    request, rng = l7_request(f"/api/v{(count - 1) % 7}/thing-{count - 1}/x"), random.Random(1)
+    if not isinstance(routes.plan(request, "shop", rng), Forward):
+        raise SystemExit("not forwarded")
+    return microseconds(lambda: routes.plan(request, "shop", rng))
+
+
+def l7_judging(count: int, action: L7Action, kind: str) -> float:
+    """`count` rules by principal or by path: the last ALLOW matches, no DENY does."""
+    rules = tuple(
+        L7Rule(sources=(L7Source(principals=(f"cluster.local/ns/shop/sa/sa{number}",)),))
+        if kind == "principal"
+        else L7Rule(operations=(L7Operation(paths=(f"/thing-{number}/*",)),))
+        for number in range(count - 1)
+    )
+    matching = L7Rule(sources=(L7Source(principals=("cluster.local/ns/shop/sa/web",)),))
+    if action == "ALLOW":
+        rules += (matching,)
+    authorizer = Authorizer([L7Authorization("shop", "p", action, rules)])
+    request = l7_request("/api/things")
+    if not authorizer.judge(request).is_allowed:
+        raise SystemExit("denied")
+    return microseconds(lambda: authorizer.judge(request))
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -150,6 +205,11 @@ def main() -> None:
     for action in (Action.DENY, Action.ALLOW):
         for count in POLICIES:
             rows[f"judge by {count} {action.name} policies: us"] = judging(count, action)
+    for count in POLICIES:
+        rows[f"L7 route among {count} rules: us"] = l7_routing(count)
+        for l7_action, kind in itertools.product(L7_ACTIONS, ("principal", "path")):
+            label = f"L7 judge by {count} {l7_action} rules, {kind}: us"
+            rows[label] = l7_judging(count, l7_action, kind)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     if options.o == "json":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib
 import json
 import random
 import time
@@ -65,11 +66,40 @@ def account(rnd: random.Random) -> str:
     return whole
 
 
+# python-stdnum's module, how it is written (9: digit, A: letter, d: birthday as yymmdd, D: as
+# ddmmyy, m: as yymm, C: as yyyymmdd), and what stands before it where digits alone say too little.
+IDS = [
+    ("us.ssn", "999-99-9999", ""), ("es.dni", "99999999A", "DNI"), ("es.nie", "X9999999A", ""),
+    ("fr.nir", "1m9999999999", ""), ("it.codicefiscale", "AAAAAA99A99A999A", ""),
+    ("de.idnr", "99999999999", "Steuer-ID:"), ("pl.pesel", "d99999", "PESEL:"),
+    ("br.cpf", "999.999.999-99", ""), ("se.personnummer", "d-9999", ""),
+    ("in_.aadhaar", "9999 9999 9999", "aadhaar"), ("ca.sin", "999-999-999", "SIN"),
+    ("nl.bsn", "999999999", "BSN"), ("ie.pps", "9999999AA", "PPS"),
+    ("tr.tckimlik", "99999999999", ""), ("fi.hetu", "D-999A", ""),
+    ("no.fodselsnummer", "D99999", ""), ("dk.cpr", "D-9999", "CPR"), ("kr.rrn", "d-1999999", ""),
+    ("cn.ric", "110105C9999", ""), ("ch.ssn", "756.9999.9999.99", ""),
+    ("za.idnr", "d9999089", "id number"), ("au.tfn", "999 999 999", "TFN"),
+    ("gb.nhs", "999 999 9999", "NHS number"), ("be.nn", "d99999", "national number"),
+]  # fmt: skip
+
+
 def national(rnd: random.Random) -> str:
-    area = rnd.choice([n for n in range(1, 900) if n != 666])
-    if rnd.random() < 0.5:
-        return f"{area:03d}-{rnd.randint(1, 99):02d}-{rnd.randint(1, 9999):04d}"
-    return f"{rnd.choice('ABCEHJ')}{rnd.choice('ABCEHJ')} {digits(rnd, 2)} {digits(rnd, 2)} {digits(rnd, 2)} {rnd.choice('ABCD')}"
+    """One of a score of countries', drawn until it is valid."""
+    module, form, name = rnd.choice(IDS)
+    is_valid = importlib.import_module("stdnum." + module).is_valid
+    while True:
+        born = [f"{rnd.randint(*each):02d}" for each in ((40, 99), (1, 12), (1, 28))]
+        parts = {
+            "9": rnd.choices("0123456789", k=len(form)),
+            "A": rnd.choices("ABCDEFGHJKLMNPQRSTVWXYZ", k=len(form)),
+            "d": ["".join(born)],
+            "D": ["".join(reversed(born))],
+            "m": ["".join(born[:2])],
+            "C": ["19" + "".join(born)],
+        }
+        value = "".join(parts[each].pop() if each in parts else each for each in form)
+        if is_valid(value):
+            return f"{name}\0{value}" if name else value
 
 
 def phone(rnd: random.Random) -> str:
@@ -93,8 +123,19 @@ def letters(rnd: random.Random, count: int) -> str:
 
 
 def key(rnd: random.Random) -> str:
-    return rnd.choice(["AKIA" + letters(rnd, 16).upper(), "ghp" + "_" + letters(rnd, 36),
-                       "AIza" + letters(rnd, 35), "xoxb-" + digits(rnd, 12) + "-" + letters(rnd, 24)])  # fmt: skip
+    def text(count: int, alphabet: str = "ABCDEFGHJKLMabcdefghjk23456789") -> str:
+        return "".join(rnd.choice(alphabet) for _ in range(count))
+
+    secret = base64.b64encode(rnd.randbytes(30)).decode()
+    # In two pieces each, so that no scanner of repositories takes the prefixes for leaks.
+    return rnd.choice([
+        "AKIA" + text(16).upper(), "ASIA" + text(16).upper(), f"aws_secret_access_key =\0{secret}",
+        "AIza" + text(35), "ya29" + "." + text(60), "GOCSPX" + "-" + text(28),
+        "AccountKey=\0" + base64.b64encode(rnd.randbytes(64)).decode(), "ghp" + "_" + text(36),
+        "github_" + "pat_" + text(82), "glpat" + "-" + text(20), "sk" + "_live_" + text(24),
+        "xoxb-" + digits(rnd, 12) + "-" + text(24), "SG" + "." + text(22) + "." + text(43),
+        "npm" + "_" + text(36), "hf" + "_" + text(34), "dop" + "_v1_" + text(64, "0123456789abcdef"),
+    ])  # fmt: skip
 
 
 def pem(rnd: random.Random) -> str:
@@ -136,8 +177,9 @@ def quality(seed: int, count: int = 1500) -> None:
     wrong: dict[str, int] = dict.fromkeys(MAKERS, 0)
     for kind, make in MAKERS.items():
         for _ in range(count):
-            value = make(rnd)
-            text = f"{rnd.choice(WORDS)} {value} {rnd.choice(WORDS)}, {decoy(rnd)}; {decoy(rnd)} ."
+            name, _, value = make(rnd).rpartition("\0")
+            glue = "" if name.endswith("=") else " "
+            text = f"{rnd.choice(WORDS)} {name}{glue}{value} {rnd.choice(WORDS)}, {decoy(rnd)}; {decoy(rnd)} ."
             view = text.encode()
             for hit in scanner.find(view):
                 if hit.kind == kind and view[hit.start : hit.end].decode() == value:

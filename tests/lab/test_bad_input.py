@@ -138,9 +138,13 @@ def test_a_taken_port_and_a_missing_program_are_seen_in_the_status(bad: TestLab)
 
 
 def test_the_command_line_shows_it_and_exits_well(bad: TestLab) -> None:
-    done = ambit("lab", "status", "--lab", bad.client.address.name)
-    assert done.returncode == 0
-    assert "Address already in use" in done.stdout
+    def shown() -> subprocess.CompletedProcess[str]:
+        done = ambit("lab", "status", "--lab", bad.client.address.name)
+        assert done.returncode == 0
+        assert "Address already in use" in done.stdout
+        return done
+
+    done = eventually(shown)
     text = ERRORS["service-port.yaml"]
     line = f"{bad.directory}/service-port.yaml:7:11: spec.ports[0].port: {text.message}"
     assert f"ambit: {line}\nambit: hint: {text.hint}\n" in done.stderr

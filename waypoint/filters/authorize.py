@@ -24,9 +24,8 @@ from waypoint.filters.addresses import in_any_block
 from waypoint.filters.authorize_connection import for_connections
 from waypoint.filters.chain import PassingFilter, Request, Respond, Verdict
 from waypoint.filters.readings import field_readings, host_readings, path_readings
+from waypoint.filters.rule_index import Filed, RuleIndex, Test, find_anchors
 from waypoint.filters.strings import any_of, path_any_of
-
-Test = Callable[[Request], bool]
 
 GRPC_PERMISSION_DENIED: Final = 7
 _HEADER = re.compile(r"request\.headers\[([^\[\]]+)\]")
@@ -65,14 +64,14 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class _Policy:
     key: str
-    rules: tuple[tuple[str, Test], ...]
+    rules: tuple[Filed, ...]
     problem: str
 
     def match(self, request: Request) -> str | None:
         """The index of the first rule that matches."""
-        for index, test in self.rules:
-            if test(request):
-                return index
+        for each in self.rules:
+            if each.test(request):
+                return each.rule
         return None
 
 
@@ -93,6 +92,10 @@ class Authorizer:
                 self._allowing.append(made)
             else:
                 (self._denying if policy.action == "DENY" else self._asked).append(made)
+        deciding = (*self._asked, *self._denying, *self._allowing)
+        self._broken = next((each for each in deciding if each.problem), None)
+        self._denies = RuleIndex(rule for each in self._denying for rule in each.rules)
+        self._allows = RuleIndex(rule for each in self._allowing for rule in each.rules)
 
     def judge(self, request: Request) -> Decision:
         """Decide."""
@@ -101,21 +104,18 @@ class Authorizer:
             for word, each in self._noting
             if each.problem or each.match(request) is not None
         )
-        for each in (*self._asked, *self._denying, *self._allowing):
-            if each.problem:
-                return Decision(False, each.key, "", each.problem, noted)
+        if self._broken is not None:
+            return Decision(False, self._broken.key, "", self._broken.problem, noted)
         for each in self._asked:
             if (rule := each.match(request)) is not None:
                 said = "its external authorizer is not asked by this waypoint"
                 return Decision(False, each.key, rule, said, noted)
-        for each in self._denying:
-            if (rule := each.match(request)) is not None:
-                return Decision(False, each.key, rule, "a DENY rule matches", noted)
+        if (found := self._denies.first(request)) is not None:
+            return Decision(False, *found, "a DENY rule matches", noted)
         if not self._allowing:
             return Decision(True, noted=noted)
-        for each in self._allowing:
-            if (rule := each.match(request)) is not None:
-                return Decision(True, each.key, rule, "an ALLOW rule matches", noted)
+        if (found := self._allows.first(request)) is not None:
+            return Decision(True, *found, "an ALLOW rule matches", noted)
         names = ", ".join(each.key for each in self._allowing[:5])
         said = f"no rule of an ALLOW policy matches ({names})"
         return Decision(False, self._allowing[0].key, "", said, noted)
@@ -167,7 +167,12 @@ def _compile(policy: L7Authorization) -> _Policy:
     is_deny = policy.action != "ALLOW"
     try:
         rules = tuple(
-            (str(index), _rule(rule, policy.namespace, is_deny=is_deny))
+            Filed(
+                key,
+                str(index),
+                find_anchors(rule, policy.namespace),
+                _rule(rule, policy.namespace, is_deny=is_deny),
+            )
             for index, rule in enumerate(policy.rules)
         )
     except ConfigError as error:

@@ -59,6 +59,16 @@ def test_all_of_it():
     assert found.ca_trusted_node_accounts == ("root/ztunnel", "x/y")
 
 
+def test_what_waypoints_are_told_of_traces():
+    found = config(
+        WAYPOINT_TRACES="OTEL_EXPORTER_OTLP_ENDPOINT=http%3A%2F%2Fc,OTEL_TRACES_SAMPLER=x"
+    )
+    assert found.waypoints().traces == (
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c"),
+        ("OTEL_TRACES_SAMPLER", "x"),
+    )
+
+
 def test_on_kubernetes_only_the_keys_need_a_place():
     found = load(IstiodConfig, [], {"CA_DIR": "/ca", "CA_SECRET": "authority"})
     assert found.cluster().is_kubernetes
@@ -101,6 +111,9 @@ def test_required(missing):
         ("CA_TRUSTED_NODE_ACCOUNTS", "/b"),
         ("TOKEN_AUDIENCES", ""),
         ("TERMINATION_DRAIN_DURATION_SECONDS", "-1"),
+        ("WAYPOINT_TRACES", "http://c"),
+        ("WAYPOINT_TRACES", "PATH=/bin"),
+        ("WAYPOINT_TRACES", "OTEL_EXPORTER_OTLP_HEADERS=key%3Dsecret"),
     ],
 )
 def test_refused(variable, value):

@@ -121,7 +121,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 _CLOUD = (
     rb"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b"
-    rb"|\b[A-Za-z0-9/+]{40}\b"
+    rb"|(?:^|[^A-Za-z0-9/+])[A-Za-z0-9/+]{40}(?:$|[^A-Za-z0-9/+=])"
     rb"|\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}|\bGOCSPX-[0-9A-Za-z_-]{28}"
     rb"|\b(?:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{42,86}={1,2}"
     rb"|\b[0-9A-Za-z_~.]{3}\dQ~[0-9A-Za-z_~.-]{31,34}"
@@ -138,6 +138,9 @@ _CLOUD = (
 _AWS_NAME = re.compile(rb"(?i)secret|aws")
 
 
+_SECRET = re.compile(rb"[^A-Za-z0-9/+]?([A-Za-z0-9/+]{40})[^A-Za-z0-9/+=]?")
+
+
 def check_cloud_key(view: bytes, start: int, end: int) -> Found:
     """Formats with a prefix are enough; forty characters of base64 must be called a secret, mix
     cases and digits (a SHA-1 does not). `AccountKey=` stays.
@@ -145,12 +148,14 @@ def check_cloud_key(view: bytes, start: int, end: int) -> Found:
     text = view[start:end]
     if text.startswith((b"AccountKey=", b"SharedAccessKey=")):
         return start + text.index(b"=") + 1, end
-    if len(text) == 40 and text.translate(None, b"/+").isalnum() and not text.startswith(b"gh"):
-        before = view[max(0, start - CONTEXT_BYTES) : start]
-        is_mixed = text != text.lower() and text != text.upper() and re.search(rb"\d", text)
-        if not (is_mixed and _AWS_NAME.search(before)) or view[end : end + 1] in (b"/", b"+", b"="):
-            return end
-    return start, end
+    secret = _SECRET.fullmatch(text)
+    if secret is None or text.startswith(b"gh"):
+        return start, end
+    value = secret[1]
+    start, end = start + secret.start(1), start + secret.end(1)
+    before = view[max(0, start - CONTEXT_BYTES) : start]
+    is_mixed = value != value.lower() and value != value.upper() and re.search(rb"\d", value)
+    return (start, end) if is_mixed and _AWS_NAME.search(before) else start + 1
 
 
 _PRIVATE = (
@@ -194,7 +199,7 @@ BUILT_IN: dict[DetectorKind, Detector] = {
     each.kind: each
     for each in (
         _detector("private-key", _PRIVATE, check_private_key, b"-PA"),
-        _detector("cloud-key", _CLOUD, check_cloud_key, _WORD + b"/+~."),
+        _detector("cloud-key", _CLOUD, check_cloud_key, bytes(range(256))),
         _detector("jwt", _JWT, check_jwt, b"e"),
         _detector("email", _EMAIL, check_email, _WORD + b".%+'-" + _HIGH),
         _detector("iban", _IBAN, check_iban, _LETTERS),

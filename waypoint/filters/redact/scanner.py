@@ -21,7 +21,7 @@ from mesh.errors import ConfigError
 from mesh.model.l7_policy import DetectorKind, RedactionRule
 from waypoint.filters.redact.detectors import BUILT_IN, Detector
 from waypoint.filters.redact.named_numbers import NAMED_KINDS, NamedNumbers
-from waypoint.filters.redact.spans import Found
+from waypoint.filters.redact.spans import Found, is_word
 
 MAX_REGEX_BYTES = 32 << 20
 MAX_PATTERN_BYTES = 4096
@@ -168,6 +168,8 @@ class Scanner:
                 return
             start, end = found.span()
             resume = max(end, start + 1)
+            if view[start + 1 : start + 2].isdigit() and not is_word(view[start : start + 1]):
+                resume = start + 1  # the byte before digits was taken: others begin with the digits
             for check, match, index, kind in self._by_first[view[start]]:
                 if match is not None:
                     own = match(view, start)

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from mesh.cli.audit import audit
+from mesh.cli.main import ambit
 from mesh.runtime.audit_chain import GENESIS, Head, read_line, seal, verify
 
 
@@ -74,15 +74,15 @@ def test_the_command(tmp_path) -> None:  # type: ignore[no-untyped-def]
     old.write_bytes(b"".join(lines[:3]))
     new.write_bytes(b"".join(lines[3:]))
     run = CliRunner().invoke
-    done = run(audit, ["verify", str(new), str(old), "-o", "json"])
+    done = run(ambit, ["audit", "verify", str(new), str(old), "-o", "json"])
     assert done.exit_code == 0, done.output
     head = json.loads(done.stdout)["head"]
     assert head.startswith("6:")
     new.write_bytes(b"".join(lines[3:5]))
-    assert run(audit, ["verify", str(old), str(new)]).exit_code == 0
-    done = run(audit, ["verify", str(old), str(new), "--head", head])
+    assert run(ambit, ["audit", "verify", str(old), str(new)]).exit_code == 0
+    done = run(ambit, ["audit", "verify", str(old), str(new), "--head", head])
     assert (done.exit_code, "records 6 to 6" in done.stdout) == (1, True)
     new.write_bytes(lines[3] + lines[4].replace(b'"n":4', b'"n":5'))
-    done = run(audit, ["verify", str(old), str(new)])
+    done = run(ambit, ["audit", "verify", str(old), str(new)])
     assert done.exit_code == 1
     assert done.stdout.startswith(f"{new}:2: changed: ")

@@ -59,7 +59,8 @@ TAKEN: list[tuple[DetectorKind, str, str]] = [
         "295109912611193", "2 95 10 99 126 111 93", "RCCMNL83S18D969H", "36 574 261 809",
         "756.9217.0769.85", "00000000 0 ZZ4", "6433435F", "123-456-782", "2341 2341 2346",
         "ACUPA7085R", "971013-9019902", "1-2345-45678-78-1", "770305-02-1234", "S1234567D",
-        "34201-0891231-8", "7503305044089", "112-233-445 95", "12.531.909-2", "20-05536168-2",
+        "34201-0891231-8", "470513-1765172", "7503305044089", "112-233-445 95",
+        "12.531.909-2", "20-05536168-2",
         "BOXW310820HNERXN09", "44051401359", "10000000146", "15108695088", "85.07.30-033.28",
     )),
     *(("national-id", f"{name} {text}", text) for name, text in (
@@ -82,6 +83,10 @@ TAKEN: list[tuple[DetectorKind, str, str]] = [
     ("cloud-key", "id=AKIA" + "IOSFODNN7EXAMPLE", "AKIA" + "IOSFODNN7EXAMPLE"),
     ("cloud-key", "aws_secret: wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
      "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),
+    *(("cloud-key", f"secret_access_key={text}\n", text) for text in (
+        "/jCY1rbNvIWWdB/eChw1CS+8Nh74vRMPjjqS35E/", "+fb7+q3hTUi9Mxf4K4ie3EuKeMiupWVcyAAzKgq1",
+        "gFWilj1o47Lrwy+PI8RJ7PJCc0ZjcVe8CKeF+zQ+",
+    )),
     ("cloud-key", f"k={GOOGLE}&", GOOGLE),
     ("cloud-key", "xoxb-" + "123456789012-abcdef", "xoxb-" + "123456789012-abcdef"),
 ]  # fmt: skip
@@ -107,6 +112,7 @@ LEFT: list[tuple[DetectorKind, str]] = [
     ("ip", "1.2.3 999.1.1.1 1.2.3.4.5 07:48:00 std::cout v1.2.3.4"),
     ("jwt", "eyJub3QiOiJhIGp3dCJ9.eyJzdWIiOiIxIn0.abc"),
     ("cloud-key", "commit da39a3ee5e6b4b0d3255bfef95601890afd80709 secret"),
+    ("cloud-key", "aws secret: wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEYwJalrXUtnFEMI/K7M"),
     ("private-key", "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----"),
 ]
 
@@ -147,6 +153,6 @@ def test_all_kinds_together_find_each() -> None:
         [(i, RedactionRule(name=kind, detector=kind)) for i, kind in enumerate(BUILT_IN)]
     )
     for kind, text, value in TAKEN:
-        view = text.encode()
+        view = b"a " + text.encode()
         hits = [(hit.kind, view[hit.start : hit.end].decode()) for hit in scanner.find(view)]
         assert hits == [(kind, value)], text
