@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mesh.errors import ConfigError
@@ -22,7 +22,7 @@ from waypoint.filters.chain import Pair, PassingFilter, Request, Respond, Respon
 from waypoint.filters.condition import Test, compile_condition
 from waypoint.filters.rate_limit import gcra
 from waypoint.filters.rate_limit.gcra import Rate
-from waypoint.filters.rate_limit.local import Buckets, Key
+from waypoint.filters.rate_limit.local import Buckets, Key, Rehearsal
 
 GRPC_RESOURCE_EXHAUSTED: Final = 8
 MAX_KEY_BYTES: Final = 256
@@ -54,6 +54,17 @@ class _Rule:
         return self.rule.cost
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A rule that concerned a request, the bucket that it asked, and what that said."""
+
+    policy: str
+    rule: RateLimitRule
+    key: Key
+    rate: Rate
+    verdict: gcra.Verdict
+
+
 def _new_buckets(policy: RateLimitPolicy, rule: RateLimitRule) -> Buckets:
     del policy, rule
     return Buckets()
@@ -82,11 +93,14 @@ class RateLimits(PassingFilter):
 
     def on_request(self, request: Request) -> Verdict:
         """Take from the buckets, or refuse."""
+        return self._judge(request, self._rules)
+
+    def _judge(self, request: Request, rules: Iterable[_Rule]) -> Verdict:
         if self._broken is not None:
             return self._broken
         tightest: tuple[float, _Rule, Rate, gcra.Verdict] | None = None
         refused: tuple[_Rule, Rate, gcra.Verdict] | None = None
-        for each in self._rules:
+        for each in rules:
             if not each.concerns(request):
                 continue
             key = each.key_of(request)
@@ -109,6 +123,15 @@ class RateLimits(PassingFilter):
         if tightest is not None:
             request.notes[_NOTE] = _headers(*tightest[1:])
         return None
+
+    def rehearse(self, request: Request) -> tuple[Verdict, list[Asked]]:
+        """What `on_request` would say, by itself, and of which buckets; nothing is taken."""
+        played = [(each, Rehearsal(each.buckets)) for each in self._rules]
+        verdict = self._judge(request, [replace(each, buckets=own) for each, own in played])
+        asked = [
+            Asked(each.policy, each.rule, *found) for each, own in played for found in own.asked
+        ]
+        return verdict, asked
 
     def on_response(self, request: Request, response: Response) -> Respond | None:
         """Tell what is left, unless the origin has told something itself."""
