@@ -146,6 +146,8 @@ def _fields(
         found["id"] = hidden(request_id[:64])
     if trace:
         found["trace_id"] = trace[3:35].decode("latin-1")
+    if inbound.connection_id:
+        found["connection.id"] = inbound.connection_id
     found["direction"] = "inbound"
     found["src.addr"] = f"{inbound.source_ip}:{inbound.source_port}"
     if source is not None:

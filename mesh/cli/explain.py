@@ -11,11 +11,10 @@ from typing import Any
 import click
 
 from mesh.cli import meant, ways, written
-from mesh.cli.choose import lab_client, lab_option
+from mesh.cli.choose import MeshClient, Where, mesh_client, where_options
 from mesh.cli.inspect import read_dump
 from mesh.cli.output import FAILED, emit, errors, output_option, say
 from mesh.errors import ConfigError, Unavailable
-from mesh.lab.control import LabClient
 
 #: Objects behind the filters of a waypoint.
 _KINDS = {
@@ -27,7 +26,7 @@ _KINDS = {
 
 
 @click.command()
-@lab_option
+@where_options
 @output_option
 @click.option("--method", metavar="METHOD", help="Of a request; GET if only others are given.")
 @click.option("--path", metavar="PATH", help="Of a request, with its query; / if not given.")
@@ -36,7 +35,7 @@ _KINDS = {
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST[:PORT]")
 def explain(
-    name: str | None,
+    where: Where,
     form: str,
     method: str | None,
     path: str | None,
@@ -62,7 +61,7 @@ def explain(
       ambit explain shop/reader web.shop --method POST --path /orders -H 'x-user: ann'
     """
     with errors():
-        client = lab_client(name)
+        client = mesh_client(where)
         is_request = method is not None or path is not None or bool(headers)
         request = read_request(method, path, headers) if is_request else None
         report = _report(client, source, destination, request)
@@ -96,7 +95,7 @@ def read_request(method: str | None, path: str | None, headers: Sequence[str]) -
 
 
 def _report(
-    client: LabClient, source: str, destination: str, request: dict[str, str] | None
+    client: MeshClient, source: str, destination: str, request: dict[str, str] | None
 ) -> dict[str, Any]:
     """Raises ConfigError, NotFound, Unavailable."""
     from_, to = meant.parse(source), meant.parse(destination)
@@ -108,7 +107,7 @@ def _report(
         except Unavailable as error:
             missing[node] = error
     if not dumps:
-        raise next(iter(missing.values()), Unavailable("the lab has no node"))
+        raise next(iter(missing.values()), Unavailable(f"{client.where} has no node"))
     workload = meant.find_workload(dumps, from_)
     node = str(workload.get("node", ""))
     if node in missing:
@@ -148,11 +147,11 @@ def _target(dumps: meant.Dumps, to: meant.Meant) -> dict[str, str]:
             return {"host": to.name, "port": str(meant.choose_port(to, service_or_none))}
 
 
-def _ask(client: LabClient, node: str, path: str, query: Mapping[str, str]) -> Mapping[str, Any]:
+def _ask(client: MeshClient, node: str, path: str, query: Mapping[str, str]) -> Mapping[str, Any]:
     status, body = client.http_get(node, f"{path}?{urllib.parse.urlencode(query)}")
     if status == 404:
         raise Unavailable(
-            f"{node}: its proxy explains nothing", hint="is it another program? ambit lab status"
+            f"{node}: its proxy explains nothing", hint="is it another program? ambit status"
         )
     if status != 200:
         raise Unavailable(f"{node}: {body.decode('utf-8', 'replace').strip()[:300]}")
@@ -162,7 +161,7 @@ def _ask(client: LabClient, node: str, path: str, query: Mapping[str, str]) -> M
     return value
 
 
-def _add_places(client: LabClient, report: dict[str, Any]) -> None:
+def _add_places(client: MeshClient, report: dict[str, Any]) -> None:
     """Say at each verdict where the policies that decided are written."""
 
     def get(kind: str, namespace: str, name: str) -> list[dict[str, Any]]:
