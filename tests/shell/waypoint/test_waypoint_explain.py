@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.parse
 from typing import Any
 
@@ -34,6 +35,7 @@ from mesh.model.route import (
     RouteRule,
 )
 from tests.conformance.mesh_http import prefix
+from tests.support.tree import ROOT
 from tests.support.waypoints import (
     Mesh,
     fetch,
@@ -119,7 +121,7 @@ async def _send(
     return await fetch(stream, path, method=method, headers=fields)
 
 
-async def test_explained_is_what_happens() -> None:
+async def test_explained_is_what_happens(capfd: pytest.CaptureFixture[str]) -> None:
     services = [service("web", 1), service("one", 2), service("two", 3)]
     config = traffic(
         "web", ROUTE, authorizations=(NO_ADMIN,), rate_limits=(FEW,), redactions=(HIDE,)
@@ -176,6 +178,21 @@ async def test_explained_is_what_happens() -> None:
                 assert (limit["remaining"], limit["allowed"]) == (left, status == 200)
             assert (await _send(mesh, "/few"))[0].status_code == status
         assert (way["decision"]["status"], way["decision"]["policy"]) == (429, "shop/few")
+    _compare_with_page(capfd.readouterr().out)
+
+
+def _compare_with_page(lines: str) -> None:
+    """Every field of the access log is told in its page, and the page tells of no other."""
+    records = [json.loads(each) for each in lines.splitlines() if each.startswith("{")]
+    assert records
+    written = {name for record in records for name in record}
+    page = (ROOT / "docs" / "reference" / "access-log.md").read_text()
+    own = page.partition("## A waypoint's requests\n")[2]
+    rows = re.findall(r"^\| (`[^|]+`) \|", own, re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    above = set(re.findall(r"^\| `([^`]+)` \|", page.partition(own)[0], re.MULTILINE))
+    assert not written - told - above
+    assert told - written <= {"grpc_status", "connection.id", "uninspected"}
 
 
 async def test_nonsense_is_refused() -> None:
