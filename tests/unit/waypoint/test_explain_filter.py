@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.identity import SpiffeId
 from mesh.model.l7_policy import (
     JwtRule,
     L7Authorization,
+    L7Operation,
     L7Rule,
     RateLimitKey,
     RateLimitPolicy,
     RateLimitRule,
     RequestAuthentication,
     SharedLimiter,
+    TrafficConfig,
 )
 from mesh.model.route import Cors, Fault
+from waypoint.assemble import Assembly
 from waypoint.explain_filter import explain_filter
 from waypoint.filters.authorize import Authorize
-from waypoint.filters.chain import Headers, PassingFilter, Request, Respond, Verdict
+from waypoint.filters.chain import Filter, Headers, PassingFilter, Request, Respond, Verdict
 from waypoint.filters.cors import CorsFilter
 from waypoint.filters.fault import FaultFilter
 from waypoint.filters.jwt import Jwt
@@ -134,3 +141,49 @@ def test_a_preflight_is_answered_by_cors() -> None:
     step, respond = explain_filter(cors, asked)
     assert respond is not None
     assert (step["outcome"], step["reason"]) == ("answers", f"answered {respond.status}")
+
+
+PATHS = ("/", "/admin", "/admin/", "/a")
+METHODS = ("GET", "PUT", "OPTIONS")
+
+
+@given(
+    denied=st.lists(st.tuples(st.sampled_from(METHODS), st.sampled_from(PATHS)), max_size=3),
+    allowed=st.none() | st.lists(st.sampled_from(METHODS), max_size=2),
+    burst=st.integers(1, 3),
+    calls=st.lists(st.tuples(st.sampled_from(METHODS), st.sampled_from(PATHS)), max_size=8),
+)
+def test_what_is_explained_is_what_is_decided(
+    denied: list[tuple[str, str]],
+    allowed: list[str] | None,
+    burst: int,
+    calls: list[tuple[str, str]],
+) -> None:
+    def rule(methods: tuple[str, ...], paths: tuple[str, ...] = ()) -> L7Rule:
+        return L7Rule(operations=(L7Operation(methods=methods, paths=paths),))
+
+    policies = [
+        L7Authorization("shop", f"d{n}", "DENY", (rule((method,), (path,)),))
+        for n, (method, path) in enumerate(denied)
+    ]
+    if allowed is not None:
+        rules = tuple(rule((each,)) for each in allowed)
+        policies.append(L7Authorization("shop", "allow", "ALLOW", rules))
+    limit = RateLimitRule("each", burst, 60.0, keys=(RateLimitKey("Path"),))
+    config = TrafficConfig(
+        "shop/w",
+        "shop/a",
+        authorizations=tuple(policies),
+        rate_limits=(RateLimitPolicy("shop", "calm", (limit,)),),
+    )
+    assembly = Assembly(lambda: 0.0, random.Random(1))
+    filters = assembly.make_filters(TrafficConfig("shop/w"), config)
+
+    def decide(method: str, path: str, ask: Callable[[Filter, Request], object]) -> object:
+        asked = request(method=method.encode())
+        asked.path = path.encode()
+        return next((found for each in filters if (found := ask(each, asked)) is not None), None)
+
+    for method, path in calls:
+        explained = decide(method, path, lambda each, asked: explain_filter(each, asked)[1])
+        assert explained == decide(method, path, lambda each, asked: each.on_request(asked))
