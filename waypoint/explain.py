@@ -145,6 +145,7 @@ class Explainer:
             decided = _decision(status, flag, reason)
             return told | {"outcome": "answer" if is_certain else "depends", "decision": decided}
         plan.change_request(request)
+        query = b"?" + request.query if request.query else b""
         endpoints, reason = self._endpoints(plan, target)
         if not endpoints:
             return told | {"outcome": "answer", "decision": _decision(503, "UH", reason)}
@@ -156,7 +157,7 @@ class Explainer:
             "sends": {
                 "method": request.method.decode("latin-1"),
                 "host": request.authority.decode("latin-1"),
-                "path": request.path.decode("latin-1"),
+                "path": (request.path + query).decode("latin-1"),
             },
             "timeouts": {"request": plan.request_timeout, "backend": plan.backend_timeout},
             "attempts": 1 + (plan.retry.attempts if plan.retry is not None else 0),

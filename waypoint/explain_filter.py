@@ -104,7 +104,7 @@ def _limits(each: RateLimits, request: Request) -> tuple[Step, Respond | None]:
         for one in asked
     ]
     if not step["reason"]:
-        step["reason"] = f"{len(asked)} limits concern it" if asked else "no limit concerns it"
+        step["reason"] = _concern(len(asked), "limit")
     return step, verdict
 
 
@@ -130,8 +130,11 @@ def _add_redactions(step: Step, each: RedactionFilter, request: Request) -> None
         for policy in each.policies_of(request)
         for rule in policy.rules
     ]
-    many = len(step["rules"])
-    step["reason"] = f"{many} rules concern it" if many else "no rule concerns it"
+    step["reason"] = _concern(len(step["rules"]), "rule")
+
+
+def _concern(number: int, what: str) -> str:
+    return f"{number} {what}s concern it" if number > 1 else f"{number or 'no'} {what} concerns it"
 
 
 def _looks_for(rule: RedactionRule) -> list[str]:

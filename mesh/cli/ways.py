@@ -7,6 +7,7 @@ order, put together, and written out for a person.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -302,8 +303,12 @@ def lines(report: Answer, places: Callable[[Answer, Hop], list[str]]) -> Iterato
     if names:
         # The same for all ways, because it comes before them.
         yield from ("", f"  {next(_hop(report, names[0]))}")
+    before: list[Hop] = []
     for number, way in enumerate(ways, 1):
         hops = [hop for hop in way["hops"] if hop["kind"] != "dns"]
+        pairs = zip(hops, before, strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        before = hops
         if len(ways) > 1:
             yield from (
                 "",
@@ -311,7 +316,9 @@ def lines(report: Answer, places: Callable[[Answer, Hop], list[str]]) -> Iterato
             )
         elif hops and not names:
             yield ""
-        for hop in hops:
+        if shared:
+            yield f"  as way {number - 1} through {hops[shared - 1]['kind']}, then"
+        for hop in hops[shared:]:
             said = list(_hop(report, hop))
             if "verdict" in hop:
                 said += [f"at {place}" for place in places(report, hop)]

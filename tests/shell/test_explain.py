@@ -356,6 +356,7 @@ def test_ways_of_a_route() -> None:
     ]
     text = "\n".join(ways.lines(report, lambda *_: []))
     assert "HTTPRoute shop/split, rule half, 50 % of requests" in text
+    assert "way 2 of 2\n  as way 1 through outbound, then\n  waypoint" in text
     assert "service shop/gone.shop is not known" in text
     mesh.add_waypoint(TrafficConfig("shop/waypoint", f"shop/{HOST}", routes=(SLOW,)))
     report = mesh.explain(CURL, asked("/"), host="web", port="80")
