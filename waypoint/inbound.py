@@ -131,7 +131,7 @@ class Inbounds:
         self._proxy = proxy
         config = proxy.config
         hostname = f"{config.gateway_name}.{config.pod_namespace}.svc.{config.cluster_domain}"
-        self._own = Own(
+        self.own = Own(
             NamespacedHostname(config.pod_namespace, hostname),
             config.network,
             config.instance_ip,
@@ -195,7 +195,7 @@ class Inbounds:
     def _on_tunnel(self, tunnel: Tunnel) -> None:
         proxy = self._proxy
         namespace = tunnel.connection.peer.namespace
-        target = plan_tunnel(parse_authority(tunnel.head.authority), namespace, self._own,
+        target = plan_tunnel(parse_authority(tunnel.head.authority), namespace, self.own,
                              proxy.store)  # fmt: skip
         if isinstance(target, Refusal):
             tunnel.refuse(target.http_status)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mesh.errors import ConfigError
@@ -21,7 +21,7 @@ from waypoint.filters.chain import Pair, PassingFilter, Request, Respond, Respon
 from waypoint.filters.condition import Test, compile_condition
 from waypoint.filters.rate_limit import gcra
 from waypoint.filters.rate_limit.gcra import Rate
-from waypoint.filters.rate_limit.local import Buckets, Key
+from waypoint.filters.rate_limit.local import Buckets, Key, Rehearsal
 
 GRPC_RESOURCE_EXHAUSTED: Final = 8
 MAX_KEY_BYTES: Final = 256
@@ -61,6 +61,17 @@ class LimitRule:
         return self.rule.cost
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A rule that concerned a request, the bucket that it asked, and what that said."""
+
+    policy: str
+    rule: RateLimitRule
+    key: Key
+    rate: Rate
+    verdict: gcra.Verdict
+
+
 Hit = tuple[LimitRule, Rate, gcra.Verdict]
 
 
@@ -95,16 +106,28 @@ class RateLimits(PassingFilter):
 
     def on_request(self, request: Request) -> Verdict:
         """Take from the buckets, or refuse."""
+        return self._judge(request, self._rules)
+
+    def _judge(self, request: Request, rules: Iterable[LimitRule]) -> Verdict:
         if self._broken is not None:
             return self._broken
         hits = []
-        for each in self._rules:
+        for each in rules:
             if each.concerns(request):
                 key = each.key_of(request)
                 rate = each.rate_of(key)
                 verdict = each.buckets.hit(key, request.now, rate, each.cost_of(request))
                 hits.append((each, rate, verdict))
         return sum_up(request, hits)
+
+    def rehearse(self, request: Request) -> tuple[Verdict, list[Asked]]:
+        """What `on_request` would say, by itself, and of which buckets; nothing is taken."""
+        played = [(each, Rehearsal(each.buckets)) for each in self._rules]
+        verdict = self._judge(request, [replace(each, buckets=own) for each, own in played])
+        asked = [
+            Asked(each.policy, each.rule, *found) for each, own in played for found in own.asked
+        ]
+        return verdict, asked
 
     def on_response(self, request: Request, response: Response) -> Respond | None:
         """Tell what is left, unless the origin has told something itself."""

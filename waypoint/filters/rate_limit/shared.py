@@ -52,6 +52,11 @@ class SharedRateLimits(PassingFilter):
                 500, flag="NC", policy=self._key, reason=f"it cannot be kept: {error}"
             )
 
+    @property
+    def where(self) -> str:
+        """Who keeps the buckets."""
+        return f"{self._policy.shared.kind} at {self._policy.shared.address}"
+
     def on_request(self, request: Request) -> Verdict:
         """Ask the store, or say at once what holds without it."""
         if self._broken is not None:
