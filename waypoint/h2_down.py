@@ -13,7 +13,7 @@ from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
 from mesh.http.trailers import safe_trailers
 from waypoint.exchange import Exchange
-from waypoint.filters.chain import Pair, Response
+from waypoint.filters.chain import Headers, Pair, Response
 from waypoint.h2 import H2Channel, H2Stream
 from waypoint.idle import Expirable, Kind, Mark
 from waypoint.transport import Transport
@@ -150,7 +150,9 @@ class _DownStream(H2Stream):
         path, found, query = target.partition(b"?")
         early, self._early = self._early, bytearray()
         ends = self._has_ended and not early
-        exchange.start(method, scheme, authority, path, query if found else None, pairs, ends=ends)
+        headers = Headers(pairs)
+        exchange.start(method, scheme, authority, path, query if found else None, headers,
+                       ends=ends)  # fmt: skip
         if early and self.exchange is exchange:
             exchange.on_request_data(memoryview(early))
         if self._has_ended and not ends:
