@@ -157,6 +157,10 @@ class Exchange:
         if is_shown:
             headers.add(heads.CLIENT_CERTIFICATE, self.inbound.client_certificate)
 
+    def hides(self) -> bool:
+        """Whether `hide` may change anything."""
+        return any(isinstance(each, RedactionFilter) for each in self._filters)
+
     def hide(self, text: bytes) -> bytes:
         """`text` for a log, without what the service's policies redact."""
         for each in self._filters:
