@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import trio
 
 from istiod_lite.authenticate import Authenticator, Caller
-from istiod_lite.snapshot import Snapshot, diff
+from istiod_lite.snapshot import Delta, Snapshot, diff
 from istiod_lite.subscriptions import ClientNode, ClientState, Holding, Share, TypeStatus
 from mesh.errors import ConfigError, IdentityError, MeshError, RemoteProtocolError
-from mesh.grpc.codec import Code, GrpcError
+from mesh.grpc.codec import Code, GrpcError, Serialized
 from mesh.grpc.server import Call
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from mesh.runtime import log
@@ -75,13 +75,18 @@ class AdsService:
         """What was published last."""
         return self._snapshot
 
-    def publish(self, snapshot: Snapshot) -> None:
-        """Tell every client what differs from what it has. Never blocks."""
-        deltas = diff(self._snapshot if self._snapshot is not None else Snapshot(), snapshot)
+    def publish(self, snapshot: Snapshot, deltas: Mapping[str, Delta] | None = None) -> None:
+        """Tell every client what differs from what it has. Never blocks.
+
+        `deltas` is how it differs from what was published last, by who knows already.
+        """
+        if deltas is None:
+            deltas = diff(self._snapshot if self._snapshot is not None else Snapshot(), snapshot)
         self._snapshot = snapshot
         for client in self._clients:
             client.state.offer(snapshot, deltas)
-            client.wake.set()
+            if client.state.has_news:
+                client.wake.set()
 
     def clients(self) -> list[ClientStatus]:
         """Everyone connected now, in order of arrival."""
@@ -119,7 +124,7 @@ class AdsService:
     async def delta(
         self,
         requests: AsyncIterator[DeltaDiscoveryRequest],
-        send: Callable[[DeltaDiscoveryResponse], Awaitable[None]],
+        send: Callable[[DeltaDiscoveryResponse | Serialized], Awaitable[None]],
         call: Call,
     ) -> None:
         """One stream, until the client ends it or the connection drains.
@@ -203,15 +208,18 @@ class AdsService:
                     reason=request.error_detail.message[:1000],
                 )
             client.answered_at = trio.current_time()
-            client.wake.set()
+            if client.state.has_news:
+                client.wake.set()
             self._on_answer()
 
     async def _answer(
-        self, client: _Client, send: Callable[[DeltaDiscoveryResponse], Awaitable[None]]
+        self,
+        client: _Client,
+        send: Callable[[DeltaDiscoveryResponse | Serialized], Awaitable[None]],
     ) -> None:
         while True:
             client.wake = trio.Event()
-            for response in client.state.responses():
+            for response in client.state.answers():
                 await send(response)
             await client.wake.wait()
 

@@ -109,8 +109,7 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         app = AdminApp("monitoring")
         app.route("/ready", readiness.respond)
         app.route("/metrics", counts.respond)
-        if config.serves_debug:
-            DebugPages(cluster, index, ads, findings, lambda: state.saved_at).add_to(app)
+        DebugPages(cluster, index, ads, findings, lambda: state.saved_at).add_to(app)
         if config.monitoring_port:
             listener = sockets.open_listener(config.monitoring_port, host=config.monitoring_host)
             await nursery.start(app.serve, [listener])

@@ -13,6 +13,7 @@ from mesh.cluster.open import SOURCES, ClusterChoice
 from mesh.errors import ConfigError
 from mesh.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
 from mesh.runtime.config import setting
+from mesh.runtime.tracing.settings import read_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,11 @@ class IstiodConfig:
         default="",
         doc="This replica's name in leader election; without it there is no election.",
     )
+    lease_seconds: float = setting(
+        env="LEASE_DURATION_SECONDS",
+        default=15.0,
+        doc="How long after a leader's last word another replica writes; at least 2.",
+    )
     xds_port: int = setting(
         env="XDS_PORT", default=15012, doc="Port of xDS and certificates, gRPC over TLS."
     )
@@ -107,7 +113,7 @@ class IstiodConfig:
     monitoring_host: str = setting(
         env="MONITORING_HOST",
         default="127.0.0.1",
-        doc="Address of the same. On any but a loopback address /debug is not served.",
+        doc="Address of the same. /debug answers callers from a loopback address only.",
     )
     waypoint_image: str = setting(
         env="WAYPOINT_IMAGE", default="ambit/waypoint", doc="Image of the pods of waypoints."
@@ -116,6 +122,12 @@ class IstiodConfig:
         env="WAYPOINT_COMMAND",
         default="python3 -m waypoint",
         doc="Command of the pods of waypoints, split as a shell does.",
+    )
+    waypoint_traces: str = setting(
+        env="WAYPOINT_TRACES",
+        default="",
+        doc="OTEL_* variables of every waypoint, `NAME=value,NAME=value` percent-encoded; "
+        "`$(HOST_IP)` in a value is the address of its node.",
     )
     state_file: str = setting(
         env="STATE_FILE",
@@ -151,6 +163,8 @@ class IstiodConfig:
             raise ConfigError("is no port", field="xds_port")
         if not 0 <= self.monitoring_port <= 65535:
             raise ConfigError("is no port", field="monitoring_port")
+        if not self.lease_seconds >= 2:
+            raise ConfigError("is too short to be renewed in", field="lease_seconds")
         for name in ("drain_seconds", "state_wait_seconds", "state_max_age_seconds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError("is negative", field=name)
@@ -174,6 +188,7 @@ class IstiodConfig:
             has_command = False
         if not has_command:
             raise ConfigError("is no command", field="waypoint_command")
+        self._waypoint_traces()
         for account in self.ca_trusted_node_accounts:
             if account.count("/") != 1 or not all(account.split("/")):
                 raise ConfigError(
@@ -211,7 +226,20 @@ class IstiodConfig:
             trust_domain=self.trust_domain,
             cluster_domain=self.cluster_domain,
             cluster_id=self.cluster_id,
+            traces=tuple(self._waypoint_traces().items()),
         )
+
+    def _waypoint_traces(self) -> dict[str, str]:
+        """The OTEL_* variables of every waypoint. Raises ConfigError."""
+        found = read_pairs(self.waypoint_traces, "waypoint_traces")
+        for name in found:
+            if not name.startswith("OTEL_") or name.endswith("_HEADERS"):
+                raise ConfigError(
+                    f"{name} is not passed on to waypoints",
+                    field="waypoint_traces",
+                    hint="OTEL_* variables without secrets: everybody in a namespace can read them",
+                )
+        return found
 
     def serving_names(self) -> tuple[str, ...]:
         """Names and addresses that the serving certificate is good for."""
@@ -227,8 +255,3 @@ class IstiodConfig:
             *self.custom_hosts,
         )
         return tuple(dict.fromkeys(names))
-
-    @property
-    def serves_debug(self) -> bool:
-        """Whether only this machine (or network namespace) can reach the monitoring port."""
-        return ipaddress.ip_address(self.monitoring_host).is_loopback

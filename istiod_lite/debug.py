@@ -5,6 +5,9 @@
 /debug/workloadz   the workloads, services and policies that are told, as values
 /debug/trafficz    what each waypoint is told for each service
 /debug/findings    what is wrong or odd, object by object; checks of the whole set included
+
+They tell what the whole cluster is made of, so only callers from a loopback address are
+answered: in a pod, whom the API server lets forward a port to it.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from typing import Any
 import trio
 
 from istiod_lite.ads import AdsService, ClientStatus
-from istiod_lite.index import ClusterIndex
+from istiod_lite.index import KINDS, ClusterIndex
 from mesh import __version__
-from mesh.cluster.api import Cluster, Object, Put, Source, Synced
+from mesh.cluster.api import Cluster, Object, Put, Source, Synced, VersionedCluster
 from mesh.cluster.validate import Finding, check
 from mesh.model.authorization import Authorization
 from mesh.model.service import Service
@@ -50,11 +53,11 @@ class DebugPages:
 
     def add_to(self, app: AdminApp) -> None:
         """Route them."""
-        app.route("/debug/versionz", self.versionz)
-        app.route("/debug/syncz", self.syncz)
-        app.route("/debug/workloadz", self.workloadz)
-        app.route("/debug/trafficz", self.trafficz)
-        app.route("/debug/findings", self.findings)
+        app.route("/debug/versionz", self.versionz, is_local=True)
+        app.route("/debug/syncz", self.syncz, is_local=True)
+        app.route("/debug/workloadz", self.workloadz, is_local=True)
+        app.route("/debug/trafficz", self.trafficz, is_local=True)
+        app.route("/debug/findings", self.findings, is_local=True)
 
     async def versionz(self, _request: Request) -> Response:
         """Which program this is; and since when the source is silent, if it is."""
@@ -110,7 +113,9 @@ class DebugPages:
 
 async def _read_all(cluster: Cluster) -> list[tuple[Object, Source | None]]:
     objects: list[tuple[Object, Source | None]] = []
-    async with cluster.watch(()) as events:
+    # An API server is asked for what the checks look at; a directory is read whole anyway.
+    kinds = (*KINDS, "ServiceAccount") if isinstance(cluster, VersionedCluster) else ()
+    async with cluster.watch(kinds) as events:
         while not isinstance(event := await events.receive(), Synced):
             if isinstance(event, Put):
                 objects.append((event.object, event.source))

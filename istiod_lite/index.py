@@ -77,6 +77,7 @@ class ClusterIndex:
         self._guards: dict[Ref, frozenset[str]] = {}
         self._dirty: dict[Ref, None] = {}
         self._changed = False
+        self._touched: tuple[set[str], set[str]] = (set(), set())
 
     # -- what others ask -----------------------------------------------------------------
 
@@ -112,6 +113,11 @@ class ClusterIndex:
     def namespaces(self) -> list[str]:
         """The namespaces that exist."""
         return sorted(each.name for each in self._inventory.all(Namespace))
+
+    def take_touched(self) -> tuple[set[str], set[str]]:
+        """Names of `addresses` and of `policies` that may have changed since this was asked."""
+        touched, self._touched = self._touched, (set(), set())
+        return touched
 
     def findings(self) -> list[Finding]:
         """What is wrong or odd now, with the place it is written at."""
@@ -413,11 +419,14 @@ class ClusterIndex:
 
     def _store(self, values: dict[str, V], key: str, value: V | None) -> None:
         if value is None:
-            if values.pop(key, None) is not None:
-                self._changed = True
-        elif values.get(key) != value:
+            if values.pop(key, None) is None:
+                return
+        elif values.get(key) == value:
+            return
+        else:
             values[key] = value
-            self._changed = True
+        self._changed = True
+        self._touched[values is self.policies].add(key)
 
 
 def _nodes_of(view: Metadata | None) -> frozenset[str]:

@@ -38,6 +38,12 @@ class Timing:
     renew: float = RENEW_SECONDS
     retry: float = RETRY_SECONDS
 
+    @classmethod
+    def of(cls, lease: float) -> Timing:
+        """In the usual proportions, for a lease of so many seconds."""
+        share = lease / LEASE_SECONDS
+        return cls(lease, RENEW_SECONDS * share, RETRY_SECONDS * share)
+
 
 class Leader:
     """One candidate, `identity`, for the Lease `ref`."""

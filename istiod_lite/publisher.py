@@ -18,6 +18,7 @@ from istiod_lite.index import KINDS, ClusterIndex
 from mesh.cluster.api import Cluster, Event, Fault, Synced
 from mesh.cluster.validate import Finding, Severity, finding_of
 from mesh.runtime import log
+from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE
 
 # How long changes are gathered before they are pushed, in seconds.
 GATHER_SECONDS = 0.02
@@ -40,6 +41,7 @@ class Publisher:
         self._ads = ads
         self._on_push = on_push
         self._told: set[str] = set()
+        self._is_ours = False
         self._events = Counter(
             "ambit_istiod_events", "Changes in the cluster, by kind", ["kind"], registry=registry
         )
@@ -99,8 +101,17 @@ class Publisher:
     def _publish(self) -> None:
         index = self._index
         traffic = index.traffic.configs
-        new = snapshot.build(index.addresses, index.policies, self._ads.snapshot, traffic)
-        self._ads.publish(new)
+        addresses, policies = index.take_touched()
+        before = self._ads.snapshot
+        if before is None or not self._is_ours:
+            # The first time, perhaps after what an earlier process knew: all is compared.
+            self._ads.publish(snapshot.build(index.addresses, index.policies, before, traffic))
+            self._is_ours = True
+        else:
+            touched = {ADDRESS_TYPE: addresses, AUTHORIZATION_TYPE: policies}
+            self._ads.publish(
+                *snapshot.advance(before, index.addresses, index.policies, traffic, touched)
+            )
         self._pushes.inc()
         _log.debug("pushed", addresses=len(index.addresses), policies=len(index.policies))
         self._tell()

@@ -28,7 +28,7 @@ from istiod_lite.authenticate import (
 from istiod_lite.authority import Authority, open_authority
 from istiod_lite.authority_secret import open_shared_authority
 from istiod_lite.config import IstiodConfig
-from istiod_lite.leader import Leader
+from istiod_lite.leader import Leader, Timing
 from istiod_lite.saved_state import TokenKeys
 from istiod_lite.token_review import Known, KubernetesTokenReviewer
 from mesh.cluster.api import Cluster, Ref, VersionedCluster
@@ -118,7 +118,8 @@ class Seat:
         identity = f"{config.pod_name}_{secrets.token_hex(4)}"
         rng = random.Random()  # noqa: S311 - spreads retries, guards nothing
         ref = Ref("Lease", config.root_namespace, LEASE)
-        await Leader(self._api, ref, identity, rng).run(work, on_standby)
+        timing = Timing.of(config.lease_seconds)
+        await Leader(self._api, ref, identity, rng, timing).run(work, on_standby)
 
     def _need_api(self, field: str) -> VersionedCluster:
         if self._api is None:

@@ -12,7 +12,7 @@ address, a service's name or VIP to resources, with what a caller needs along wi
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -24,6 +24,7 @@ from mesh.model.authorization import Authorization
 from mesh.model.l7_policy import TrafficConfig
 from mesh.model.service import Service
 from mesh.model.workload import GatewayAddress, NamespacedHostname, Workload
+from mesh.proto.discovery_pb2 import DeltaDiscoveryResponse
 from mesh.proto.discovery_pb2 import Resource as ResourceMessage
 from mesh.xds.traffic import MAX_BYTES, traffic_to_proto
 from mesh.xds.translate import (
@@ -61,6 +62,18 @@ class Delta:
         return bool(self.changed or self.removed)
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Everything of one type: for clients that have nothing yet, who are all told the same.
+
+    `body` is a serialized `DeltaDiscoveryResponse` without what differs from client to client.
+    """
+
+    names: frozenset[str]
+    versions: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Resources by type and name. `faults` are resources that could not be encoded."""
@@ -87,6 +100,17 @@ class Snapshot:
         """The names of the TrafficConfigs of one waypoint, `namespace/name`: nobody else's."""
         return self._by_waypoint.get(gateway, frozenset())
 
+    def whole(self, type_url: str) -> Whole:
+        """All resources of a type as one response, made when first asked for."""
+        found = self._wholes.get(type_url)
+        if found is None:
+            found = self._wholes[type_url] = _whole(type_url, self.of(type_url))
+        return found
+
+    @cached_property
+    def _wholes(self) -> dict[str, Whole]:
+        return {}
+
     @cached_property
     def _by_waypoint(self) -> Mapping[str, frozenset[str]]:
         found: dict[str, set[str]] = {}
@@ -102,6 +126,66 @@ class Snapshot:
     @cached_property
     def _index(self) -> _AddressIndex:
         return _AddressIndex(entry.model for entry in self.of(ADDRESS_TYPE).values())
+
+
+def in_order(entries: Iterable[VersionedResource]) -> list[VersionedResource]:
+    """As clients are told: workloads before the services that they are behind."""
+    return sorted(entries, key=lambda entry: (isinstance(entry.model, Service), entry.name))
+
+
+def _whole(type_url: str, entries: Mapping[str, VersionedResource]) -> Whole:
+    response = DeltaDiscoveryResponse(
+        type_url=type_url, resources=[each.message for each in in_order(entries.values())]
+    )
+    return Whole(
+        names=frozenset(entries),
+        versions={name: each.version for name, each in entries.items()},
+        body=response.SerializeToString(),
+    )
+
+
+def advance(
+    previous: Snapshot,
+    addresses: Mapping[str, Workload | Service],
+    policies: Mapping[str, Authorization],
+    traffic: Mapping[str, TrafficConfig],
+    touched: Mapping[str, Set[str]],
+) -> tuple[Snapshot, dict[str, Delta]]:
+    """As `build` and `diff`, when of addresses and policies only `touched` can differ, by type.
+
+    What could not be encoded is looked at again, whoever touched it: then all is.
+    """
+    if previous.faults:
+        new = build(addresses, policies, previous, traffic)
+        return new, diff(previous, new)
+    faults: list[ConfigError] = []
+    resources = dict(previous.resources)
+    deltas: dict[str, Delta] = {}
+    everything: dict[str, Mapping[str, Told]] = {
+        ADDRESS_TYPE: addresses,
+        AUTHORIZATION_TYPE: policies,
+        TRAFFIC_TYPE: traffic,
+    }
+    for type_url, models in everything.items():
+        before = previous.of(type_url)
+        # Of waypoints' configurations there are few, and nobody counts what touches them.
+        names = before.keys() | models.keys() if type_url == TRAFFIC_TYPE else touched[type_url]
+        chosen = {name: models[name] for name in names if name in models}
+        found = dict(_versioned(type_url, chosen, previous, faults))
+        changed = frozenset(
+            name
+            for name, entry in found.items()
+            if name not in before or before[name].version != entry.version
+        )
+        removed = frozenset(name for name in names if name in before and name not in found)
+        if any(before.get(name) is not entry for name, entry in found.items()) or removed:
+            now = {**before, **found}
+            for name in removed:
+                del now[name]
+            resources[type_url] = now
+        if delta := Delta(changed, removed):
+            deltas[type_url] = delta
+    return Snapshot(resources, tuple(faults)), deltas
 
 
 def build(
@@ -159,9 +243,7 @@ def version_of(serialised: bytes) -> str:
 
 def _versioned(
     type_url: str,
-    models: Mapping[str, Workload | Service]
-    | Mapping[str, Authorization]
-    | Mapping[str, TrafficConfig],
+    models: Mapping[str, Told],
     previous: Snapshot,
     faults: list[ConfigError],
 ) -> Iterator[tuple[str, VersionedResource]]:

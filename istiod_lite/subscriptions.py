@@ -18,9 +18,9 @@ import ipaddress
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from istiod_lite.snapshot import TYPES, Delta, Snapshot
+from istiod_lite.snapshot import TYPES, Delta, Snapshot, in_order
 from mesh.errors import RemoteProtocolError
-from mesh.model.service import Service
+from mesh.grpc.codec import Serialized
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
 from mesh.xds.translate import ADDRESS_TYPE, TRAFFIC_TYPE
 
@@ -124,8 +124,9 @@ class ClientState:
             return
         if request.response_nonce and request.response_nonce == subscription.in_flight:
             subscription.in_flight = ""
-            for name in subscription.unconfirmed:
-                subscription.refused.pop(name, None)
+            if subscription.refused:
+                for name in subscription.unconfirmed:
+                    subscription.refused.pop(name, None)
             if request.HasField("error_detail"):
                 subscription.nacks += 1
                 subscription.last_nack = request.error_detail.message[:MAX_NACK_TEXT]
@@ -155,6 +156,15 @@ class ClientState:
                         subscription.dirty.discard(name)
 
     def responses(self) -> list[DeltaDiscoveryResponse]:
+        """As `answers`, all of them as messages."""
+        return [
+            each
+            if isinstance(each, DeltaDiscoveryResponse)
+            else DeltaDiscoveryResponse.FromString(b"".join(each.parts))
+            for each in self.answers()
+        ]
+
+    def answers(self) -> list[DeltaDiscoveryResponse | Serialized]:
         """What to send now; calling it commits to sending it, in this order."""
         if self._snapshot is None:
             return []
@@ -162,6 +172,14 @@ class ClientState:
         others = [type_url for type_url in self._types if type_url not in TYPES]
         found = (self._respond(type_url, self._snapshot) for type_url in known + others)
         return [response for response in found if response is not None]
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `answers` may have something to send; most acknowledgements ask for nothing."""
+        return any(
+            not each.in_flight and bool(each.dirty or each.unanswered or each.is_first)
+            for each in self._types.values()
+        )
 
     def holds(self, type_url: str, name: str) -> Holding | None:
         """Whether the client has the resource as it is now; None if it did not ask for the type."""
@@ -245,13 +263,20 @@ class ClientState:
         current = self._snapshot.of(type_url)
         wanted = self._wanted(type_url, subscription, self._snapshot)
         sent = subscription.sent
+        if not sent:
+            subscription.dirty = set(wanted)
+            return
         subscription.dirty = {name for name in wanted if sent.get(name) != current[name].version}
         subscription.dirty.update(name for name in sent if name not in wanted)
 
-    def _respond(self, type_url: str, snapshot: Snapshot) -> DeltaDiscoveryResponse | None:
+    def _respond(
+        self, type_url: str, snapshot: Snapshot
+    ) -> DeltaDiscoveryResponse | Serialized | None:
         subscription = self._types[type_url]
         if subscription.in_flight:
             return None
+        if self._wants_whole(type_url, subscription, snapshot):
+            return self._respond_whole(type_url, subscription, snapshot)
         current = snapshot.of(type_url)
         wanted = self._wanted(type_url, subscription, snapshot)
         asked = subscription.unanswered & self._visible(type_url, snapshot)
@@ -271,26 +296,49 @@ class ClientState:
         subscription.unanswered.clear()
         if not updated and not removed and not subscription.is_first:
             return None
-        # Workloads before the services that they are behind.
-        updated.sort(key=lambda entry: (isinstance(entry.model, Service), entry.name))
+        updated = in_order(updated)
         for entry in updated:
             subscription.sent[entry.name] = entry.version
         for name in removed:
             subscription.sent.pop(name, None)
+        names = frozenset((*(each.name for each in updated), *removed))
+        for name in removed:
+            subscription.refused.pop(name, None)
+        response = self._begin(subscription, names)
+        response.type_url = type_url
+        response.resources.extend(entry.message for entry in updated)
+        response.removed_resources.extend(removed)
+        return response
+
+    def _begin(self, subscription: _Subscription, names: frozenset[str]) -> DeltaDiscoveryResponse:
+        """A response that tells of `names`, with what is this client's alone."""
         self._nonce += 1
         subscription.is_first = False
         subscription.in_flight = f"{self._nonce:x}"
-        subscription.unconfirmed = frozenset((*(each.name for each in updated), *removed))
-        for name in removed:
-            subscription.refused.pop(name, None)
-        response = DeltaDiscoveryResponse(
-            type_url=type_url,
-            nonce=subscription.in_flight,
-            resources=[entry.message for entry in updated],
-            removed_resources=removed,
-        )
+        subscription.unconfirmed = names
+        response = DeltaDiscoveryResponse(nonce=subscription.in_flight)
         response.control_plane.identifier = _CONTROL_PLANE
         return response
+
+    def _wants_whole(self, type_url: str, subscription: _Subscription, snapshot: Snapshot) -> bool:
+        """Whether the client is to be told everything, as all are who have nothing yet."""
+        current = snapshot.of(type_url)
+        return (
+            subscription.is_wildcard
+            and not subscription.sent
+            and not subscription.unanswered
+            and bool(current)
+            and (type_url != TRAFFIC_TYPE or self._account is None)
+        )
+
+    def _respond_whole(
+        self, type_url: str, subscription: _Subscription, snapshot: Snapshot
+    ) -> Serialized:
+        whole = snapshot.whole(type_url)
+        subscription.dirty = set()
+        subscription.sent = dict(whole.versions)
+        own = self._begin(subscription, whole.names)
+        return Serialized((own.SerializeToString(), whole.body))
 
 
 def parse_node(node: Node) -> ClientNode:

@@ -48,6 +48,8 @@ class WaypointSettings:
     trust_domain: str = "cluster.local"
     cluster_domain: str = "cluster.local"
     cluster_id: str = "Kubernetes"
+    traces: tuple[tuple[str, str], ...] = ()
+    """OTEL_* variables; `$(HOST_IP)` in them is the address of the waypoint's node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +243,8 @@ def _container(gateway: Gateway, settings: WaypointSettings) -> dict[str, Any]:
             _field("POD_NAMESPACE", "metadata.namespace"),
             _field("INSTANCE_IP", "status.podIP"),
             _field("NODE_NAME", "spec.nodeName"),
+            *([_field("HOST_IP", "status.hostIP")] if settings.traces else []),
+            *({"name": name, "value": value} for name, value in settings.traces),
         ],
         "ports": [
             {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},

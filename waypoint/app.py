@@ -40,6 +40,7 @@ from mesh.runtime.admin import (
 )
 from mesh.runtime.http_metrics import HttpMetrics
 from mesh.runtime.lifecycle import Shutdown
+from mesh.runtime.tracing import open_tracer
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.sockets import open_listener
 from mesh.xds.client import NodeInfo, run_xds
@@ -68,6 +69,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
     lifecycle.raise_file_limit()
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("waypoint", __version__)
+    tracer = open_tracer(config, "waypoint", _described(config), registry)
     access = log.AccessLog()
     readiness = Readiness()
     certified = readiness.task("certificate")
@@ -84,7 +86,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             audit = open_audit(config)
             journal = Journal(access, HttpMetrics(registry), audit)
             counters = Counters(registry)
-            proxy = Proxy(config, store, reactor, secrets, journal, counters, nursery)
+            proxy = Proxy(config, store, reactor, secrets, journal, counters, nursery, tracer)
             inbounds = Inbounds(proxy)
             proxy.on_change = inbounds.rejudge
             start = nursery.start_soon
@@ -96,6 +98,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             await nursery.start(_serve_pages, pages, nursery)
             for task in (reactor.run, proxy.timers.run, access.run, secrets.run):
                 start(task)
+            if tracer is not None:
+                start(tracer.run)
             if audit is not None:
                 start(audit.run)
             start(metrics.watch_loop_lag, registry)
@@ -127,6 +131,20 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
                 nursery.cancel_scope.cancel()
             finally:
                 proxy.dialler.close()
+
+
+def _described(config: WaypointConfig) -> dict[str, str]:
+    """This waypoint as a resource of OpenTelemetry."""
+    facts = {
+        "service.version": __version__,
+        "service.instance.id": config.pod_name,
+        "k8s.pod.name": config.pod_name,
+        "k8s.namespace.name": config.pod_namespace,
+        "k8s.node.name": config.node_name,
+        "k8s.cluster.name": config.cluster_id,
+        "ambit.gateway": config.gateway,
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _endpoints(config: WaypointConfig) -> tuple[Endpoint, Endpoint]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mesh.runtime.config import setting
 from mesh.runtime.lifecycle import drain_seconds
+from mesh.runtime.tracing import TracingSettings
 
 ISTIOD = "https://istiod.istio-system.svc:15012"
 ROOT_FILE = "./var/run/secrets/istio/root-cert.pem"
@@ -18,7 +19,7 @@ TOKEN_FILE = "./var/run/secrets/tokens/istio-token"  # noqa: S105 - a path, not 
 
 
 @dataclass(frozen=True, slots=True)
-class WaypointConfig:
+class WaypointConfig(TracingSettings):
     """Settings of one waypoint."""
 
     xds_address: str = setting(env="XDS_ADDRESS", default=ISTIOD, doc="Where xDS is served.")

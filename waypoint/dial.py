@@ -37,8 +37,11 @@ class Dialler:
         self._sockets: weakref.WeakSet[SocketTransport] = weakref.WeakSet()
         self.pool = Pool(self._dial_tunnels, nursery, max_streams=proxy.config.pool_max_streams)
 
-    async def dial(self, candidate: Candidate, seconds: float = 0.0) -> Transport:
-        """A transport to an endpoint's port, not started, within `seconds` (0: as configured).
+    async def dial(
+        self, candidate: Candidate, seconds: float = 0.0, traceparent: str = ""
+    ) -> Transport:
+        """A transport to an endpoint's port, not started, within `seconds` (0: as configured). A
+        tunnel belongs to the trace of `traceparent`, if there is one.
         Raises Unavailable, Denied, IdentityError. If cancelled: nothing is left open.
         """
         proxy, workload = self._proxy, candidate.workload
@@ -60,7 +63,8 @@ class Dialler:
             )
             connection = self.pool.acquire_nowait(key) or await self.pool.acquire(key)
             authority = Authority(ip, candidate.port, is_ip=True)
-            tunnel = connection.open_tunnel(ConnectHead(str(authority), baggage=proxy.baggage()))
+            head = ConnectHead(str(authority), proxy.baggage(), traceparent=traceparent)
+            tunnel = connection.open_tunnel(head)
             response = await tunnel.wait_response()
             status = response.status
             if status in {401, 403}:

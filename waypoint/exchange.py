@@ -22,7 +22,7 @@ import trio
 
 from mesh.errors import Refusal
 from mesh.http import h1
-from waypoint import deadline, heads
+from waypoint import deadline, heads, spans
 from waypoint.filters.chain import (
     Blocked,
     BodyFilter,
@@ -37,6 +37,7 @@ from waypoint.filters.chain import (
 from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
+from waypoint.spans import RequestSpans
 from waypoint.streams import Downstream, Upstream
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Exchange:
                  "_per_try", "_plan", "_scope", "_started", "_switched", "_timer", "_trailers",
                  "_up", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
                  "is_request_done", "is_response_done", "policy", "reason", "request", "rule_name",
-                 "started_at", "status", "tries", "upgrade")  # fmt: skip
+                 "spans", "started_at", "status", "tries",
+                 "upgrade")  # fmt: skip
 
     request: Request
 
@@ -80,6 +82,7 @@ class Exchange:
         self._decided = self._started = self._done = self._switched = self._budgeted = False
         self.is_request_done = self.is_response_done = False
         self.upgrade = b""
+        self.spans: RequestSpans | None = None
         self.started_at = 0.0
         self.status = 0
         self.flag = "-"
@@ -147,7 +150,7 @@ class Exchange:
             self._filters = plan.filters_with(traffic.filters)
         else:
             self._filters = traffic.filters
-        heads.trace(request.headers, inbound.rng)
+        self.spans = spans.begin(inbound.proxy.tracer, inbound, request)
         self._filter(plan)
 
     def _set_client_identity(self, *, is_shown: bool) -> None:
@@ -256,6 +259,9 @@ class Exchange:
             self._answer(Respond(chosen.http_status, flag=chosen.flag, reason=chosen.reason))
             return
         self._endpoint = chosen
+        if self.spans is not None:
+            candidate = chosen.candidate
+            self.spans.tried(self.tries, candidate.workload, candidate.port)
         if self._deadline or plan.backend_timeout is not None:
             self._limit_try(plan.backend_timeout)
         chosen.open(self)
@@ -539,6 +545,8 @@ class Exchange:
         if self._per_try is not None:
             self._per_try.cancel()
             self._per_try = None
+        if self.spans is not None:
+            self.spans.try_failed(reason)
         if endpoint is not None:
             self._endpoint = None
             endpoint.release(self)
@@ -640,6 +648,8 @@ class Exchange:
         inbound.active -= 1
         inbound.proxy.in_flight -= 1
         inbound.proxy.journal.finished(self, self._endpoint)
+        if self.spans is not None:
+            self.spans.end(self)
         if self._endpoint is not None:
             self._endpoint.release(self)
         if self._budgeted and self._plan is not None:

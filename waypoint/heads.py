@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
+from mesh.http.trace_context import NAMES as _TRACED
+from mesh.http.trace_context import TraceContext, read_context, with_context
 from mesh.model.route import HeaderChange, PathChange, Redirect
 from waypoint.filters.chain import FRAMING, Headers, Pair, Request, Respond, Response
 
@@ -71,21 +73,44 @@ def _percent(text: str) -> bytes:
 
 
 def trace(headers: Headers, rng: RandomBytes) -> None:
-    """A request id for who has none; and a trace context, not sampled, where none was started."""
-    has_id = has_trace = False
-    for name, value in headers.pairs:
-        if name == b"x-request-id":
+    """A request id for who has none; and a trace context, not sampled, where there is none that is
+    valid. Several `traceparent` fields are none, and a `tracestate` goes with its parent.
+    """
+    has_id, fields = False, []
+    for pair in headers.pairs:
+        if pair[0] in _TRACED:
+            fields.append(pair)
+        elif pair[0] == b"x-request-id":
             has_id = True
-        elif name == b"traceparent":
-            has_trace = _TRACEPARENT.fullmatch(value) is not None
-    if has_id and has_trace:
-        return
-    raw = rng.randbytes(32).hex().encode()
     if not has_id:
-        identity = b"-".join((raw[:8], raw[8:12], b"4" + raw[13:16], b"a" + raw[17:20], raw[20:32]))
-        headers.add(b"x-request-id", identity)
-    if not has_trace:
-        headers.set(b"traceparent", b"00-" + raw[:32] + b"-" + raw[32:48] + b"-00")
+        headers.add(b"x-request-id", _new_id(rng))
+    if not fields:
+        raw = rng.randbytes(24).hex().encode()
+        headers.add(b"traceparent", b"00-" + raw[:32] + b"-" + raw[32:] + b"-00")
+        return
+    name, value = fields[0]
+    if len(fields) == 1 and name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+        return
+    context = read_context(fields)
+    if context is None:
+        context = TraceContext(rng.randbytes(16).hex(), rng.randbytes(8).hex(), is_sampled=False)
+    headers.pairs = with_context(headers.pairs, context)
+
+
+def traceparent(request: Request) -> str:
+    """Of a request whose context is settled; empty if it has none, as a copy may."""
+    return (request.headers.get(b"traceparent") or b"").decode("latin-1")
+
+
+def identify(headers: Headers, rng: RandomBytes) -> None:
+    """A request id for who has none."""
+    if headers.get(b"x-request-id") is None:
+        headers.add(b"x-request-id", _new_id(rng))
+
+
+def _new_id(rng: RandomBytes) -> bytes:
+    raw = rng.randbytes(16).hex().encode()
+    return b"-".join((raw[:8], raw[8:12], b"4" + raw[13:16], b"a" + raw[17:20], raw[20:]))
 
 
 def change(headers: Headers, changes: HeaderChange) -> None:

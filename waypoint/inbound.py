@@ -75,6 +75,8 @@ class Inbound:
         self.source_ip = tunnel.connection.peer_address.ip
         self.source_port = tunnel.connection.peer_address.port
         self.baggage = tunnel.head.baggage
+        self.traceparent = tunnel.head.traceparent
+        self.connection_id = tunnel.head.connection_id or self.traceparent[3:35]
         self.destination_ip = target.ip
         self.port = target.port
         self.service_key = target.key

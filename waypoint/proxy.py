@@ -17,6 +17,7 @@ from mesh.identity import SpiffeId
 from mesh.model.workload import NetworkAddress, Workload
 from mesh.reactor import Reactor
 from mesh.runtime import lifecycle
+from mesh.runtime.tracing import Tracer
 from mesh.secrets import SecretManager
 from mesh.tls.contexts import TlsContexts
 from waypoint.config import WaypointConfig
@@ -41,6 +42,7 @@ class Proxy:
         journal: Journal,
         counters: Counters,
         nursery: trio.Nursery,
+        tracer: Tracer | None = None,
     ) -> None:
         self.config = config
         self.store = self.traffic = store
@@ -48,6 +50,7 @@ class Proxy:
         self.secrets = secrets
         self.journal = journal
         self.counters = counters
+        self.tracer = tracer
         self.identity = SpiffeId(config.trust_domain, config.pod_namespace, config.service_account)
         self.contexts = TlsContexts()
         # Spreads load and names traces; nothing secret depends on it.

@@ -47,7 +47,9 @@ class Told:
         # Held as long as their ids are keys.
         self.workloads: list[Workload | None] = []
         source = inbound.source_workload()
+        connection = inbound.connection_id
         self.fields: dict[str, object] = {
+            **({"connection.id": connection} if connection else {}),
             "direction": "inbound",
             "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
             **({"src.workload": source.name} if source is not None else {}),

@@ -21,7 +21,9 @@ from mesh.model.balancing import Candidate, find_candidates
 from mesh.model.route import DEFAULT_BACKEND, Backend, BackendSettings
 from mesh.model.service import AppProtocol
 from mesh.model.workload import NamespacedHostname
+from waypoint import heads
 from waypoint.balance.backend import BackendState
+from waypoint.balance.latency import Latency
 from waypoint.balance.session import Session
 from waypoint.filters.chain import Request
 from waypoint.h1_up import H1Up
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from waypoint.inbound import Inbound
     from waypoint.proxy import Proxy
 
-_EWMA_SHARE: Final = 0.2
-_FIRST_GUESS_SECONDS: Final = 0.005
 _MAX_EJECTION_SECONDS: Final = 300.0
 _HTTP2 = frozenset({AppProtocol.HTTP2, AppProtocol.GRPC})
 _NO_ANSWER = frozenset({0, 502, 503, 504})
@@ -64,10 +64,10 @@ class Endpoint:
         "_ejections",
         "_errors",
         "_errors_5xx",
-        "_ewma",
         "_h2",
         "_idle",
         "_is_dialling",
+        "_latency",
         "_proxy",
         "_queue",
         "_uses",
@@ -92,7 +92,7 @@ class Endpoint:
         self._waiting: list[tuple[Try, int]] = []
         self._is_dialling = False
         self.is_http2 = False
-        self._ewma = _FIRST_GUESS_SECONDS
+        self._latency = Latency()
         self._errors = self._errors_5xx = self._ejections = 0
         self._queue: deque[tuple[Try, int]] = deque()
         self._uses: dict[object, int] = {}
@@ -104,7 +104,8 @@ class Endpoint:
     @property
     def load(self) -> float:
         """Expected work before a new request is through; shared by the workload's capacity."""
-        return (self.active + 1) * self._ewma / max(1, self.candidate.workload.capacity)
+        expected = self._latency.expected(time.monotonic(), self.active)
+        return (self.active + 1) * expected / max(1, self.candidate.workload.capacity)
 
     def take(self) -> None:
         """A request is on its way here; `release` follows."""
@@ -182,7 +183,9 @@ class Endpoint:
         channel: H2Up | None = None
         try:
             proxy, seconds = self._proxy, self.settings.limits.connect_seconds
-            transport = await proxy.dialler.dial(self.candidate, seconds)
+            first = self._waiting[0][0] if self._waiting else None
+            trace = heads.traceparent(first.request) if first is not None else ""
+            transport = await proxy.dialler.dial(self.candidate, seconds, trace)
             channel = H2Up(proxy.reactor, transport, self._h2_gone, proxy.windows)
             self._h2.append(channel)
             transport.start(channel)
@@ -214,7 +217,8 @@ class Endpoint:
         reason = "internal error"
         try:
             seconds = self.settings.limits.connect_seconds
-            transport = await self._proxy.dialler.dial(self.candidate, seconds)
+            trace = heads.traceparent(exchange.request)
+            transport = await self._proxy.dialler.dial(self.candidate, seconds, trace)
         except MeshError as exc:
             reason = str(exc)
         finally:
@@ -303,7 +307,7 @@ class Endpoint:
         now = time.monotonic()
         self.active -= 1
         self.last_used = now
-        self._ewma += _EWMA_SHARE * (now - exchange.started_at - self._ewma)
+        self._latency.heard(now - exchange.started_at, now)
 
 
 class Upstreams:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from mesh.model.workload import Workload
 from mesh.runtime.tracing import Span
+from mesh.runtime.tracing.attributes import Attribute, party
 from ztunnel.record import Ending, Record
-
-Attribute = str | int | float | bool
 
 
 class Dialled(Protocol):
@@ -68,8 +66,8 @@ def attributes(record: Record, ending: Ending) -> dict[str, Attribute]:
         "ambit.hint": ending.hint,
         **_address("source", record.source_address),
         **_address("destination", record.destination_address),
-        **_party("source", record.source, str(record.source_identity or "")),
-        **_party("destination", record.destination, str(record.destination_identity or "")),
+        **party("source", record.source, str(record.source_identity or "")),
+        **party("destination", record.destination, str(record.destination_identity or "")),
         "istio.destination_service": service.hostname if service else "",
         "istio.destination_service_name": service.name if service else "",
         "istio.destination_service_namespace": service.namespace if service else "",
@@ -85,21 +83,6 @@ def attributes(record: Record, ending: Ending) -> dict[str, Attribute]:
     known["istio.tcp_received_bytes"] = to_destination
     known["istio.tcp_sent_bytes"] = to_source
     return known
-
-
-def _party(side: str, workload: Workload | None, identity: str) -> dict[str, Attribute]:
-    found: dict[str, Attribute] = {f"istio.{side}_principal": identity}
-    if workload is not None:
-        found |= {
-            f"istio.{side}_workload": workload.workload_name or workload.name,
-            f"istio.{side}_pod": workload.name,
-            f"istio.{side}_namespace": workload.namespace,
-            f"istio.{side}_canonical_service": workload.canonical_name,
-            f"istio.{side}_canonical_revision": workload.canonical_revision,
-            f"istio.{side}_cluster": workload.cluster_id,
-            f"istio.{side}_node": workload.node,
-        }
-    return found
 
 
 def _address(side: str, address: str) -> dict[str, Attribute]:

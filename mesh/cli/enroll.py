@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mesh.cli.choose import lab_client, lab_option
+from mesh.cli.choose import Where, mesh_client, where_options
 from mesh.cli.output import NotFound, errors, say
 from mesh.errors import ConfigError
 from mesh.lab.control import NotThere
@@ -23,9 +23,9 @@ _write_option = click.option(
 
 @click.command()
 @click.argument("namespace")
-@lab_option
+@where_options
 @_write_option
-def enroll(namespace: str, name: str | None, write: bool) -> None:
+def enroll(namespace: str, where: Where, write: bool) -> None:
     """Take NAMESPACE into the mesh, while its pods run.
 
     Sets the label istio.io/dataplane-mode=ambient on the live namespace. A pod that carries
@@ -34,18 +34,18 @@ def enroll(namespace: str, name: str | None, write: bool) -> None:
     \b
     Examples:
       ambit enroll shop
-      ambit enroll shop --lab test
+      ambit enroll shop --context staging
       ambit enroll shop --write          also edit the namespace's file
     """
-    _label(namespace, name, AMBIENT, write=write)
+    _label(namespace, where, AMBIENT, write=write)
     say(f"namespace {namespace} is enrolled: its pods are being captured")
 
 
 @click.command()
 @click.argument("namespace")
-@lab_option
+@where_options
 @_write_option
-def unenroll(namespace: str, name: str | None, write: bool) -> None:
+def unenroll(namespace: str, where: Where, write: bool) -> None:
     """Take NAMESPACE out of the mesh, while its pods run.
 
     Connections that are open go on through the tunnel until they end.
@@ -53,26 +53,32 @@ def unenroll(namespace: str, name: str | None, write: bool) -> None:
     \b
     Examples:
       ambit unenroll shop
-      ambit unenroll shop --lab test
+      ambit unenroll shop --context staging
       ambit unenroll shop --write        also edit the namespace's file
     """
-    _label(namespace, name, None, write=write)
+    _label(namespace, where, None, write=write)
     say(f"namespace {namespace} is leaving the mesh: new connections go direct")
 
 
-def _label(namespace: str, name: str | None, value: str | None, *, write: bool) -> None:
+def _label(namespace: str, where: Where, value: str | None, *, write: bool) -> None:
     with errors():
-        client = lab_client(name)
+        client = mesh_client(where)
         try:
             patch = {"metadata": {"labels": {LABEL: value}}}
             changed = client.patch("Namespace", "", namespace, patch)
         except NotThere as exc:
             raise NotFound(
-                f"no namespace {namespace!r} in lab {client.address.name}",
+                f"no namespace {namespace!r} in {client.where}",
                 hint=f"there are: {', '.join(_names(client.get('Namespace')))}",
             ) from exc
         if write:
-            write_label(Path(client.status()["directory"]), changed, value)
+            directory = client.status().get("directory")
+            if directory is None:
+                raise ConfigError(
+                    "--write is for labs: a cluster keeps no files",
+                    hint=f"the label of {namespace} is set in {client.where}",
+                )
+            write_label(Path(directory), changed, value)
 
 
 def _names(objects: list[dict[str, Any]]) -> list[str]:

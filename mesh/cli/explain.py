@@ -11,19 +11,18 @@ from typing import Any
 import click
 
 from mesh.cli import meant, ways, written
-from mesh.cli.choose import lab_client, lab_option
+from mesh.cli.choose import MeshClient, Where, mesh_client, where_options
 from mesh.cli.inspect import read_dump
 from mesh.cli.output import FAILED, emit, errors, output_option, say
 from mesh.errors import Unavailable
-from mesh.lab.control import LabClient
 
 
 @click.command()
-@lab_option
+@where_options
 @output_option
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST[:PORT]")
-def explain(name: str | None, form: str, source: str, destination: str) -> None:
+def explain(where: Where, form: str, source: str, destination: str) -> None:
     """Say what happens to a connection from SRC to DST, hop by hop, and which rule decides.
 
     SRC is pod/NAME.NAMESPACE, NAMESPACE/NAME or a pod's address; DST one of these,
@@ -38,7 +37,7 @@ def explain(name: str | None, form: str, source: str, destination: str) -> None:
       ambit explain outside/prober web.shop:9000
     """
     with errors():
-        client = lab_client(name)
+        client = mesh_client(where)
         report = _report(client, source, destination)
         _add_places(client, report)
     if form in ("json", "yaml"):
@@ -49,7 +48,7 @@ def explain(name: str | None, form: str, source: str, destination: str) -> None:
     sys.exit(0 if report["result"] in ways.CARRIED else FAILED)
 
 
-def _report(client: LabClient, source: str, destination: str) -> dict[str, Any]:
+def _report(client: MeshClient, source: str, destination: str) -> dict[str, Any]:
     """Raises ConfigError, NotFound, Unavailable."""
     from_, to = meant.parse(source), meant.parse(destination)
     dumps: dict[str, Any] = {}
@@ -60,7 +59,7 @@ def _report(client: LabClient, source: str, destination: str) -> dict[str, Any]:
         except Unavailable as error:
             missing[node] = error
     if not dumps:
-        raise next(iter(missing.values()), Unavailable("the lab has no node"))
+        raise next(iter(missing.values()), Unavailable(f"{client.where} has no node"))
     workload = meant.find_workload(dumps, from_)
     node = str(workload.get("node", ""))
     if node in missing:
@@ -95,11 +94,11 @@ def _target(dumps: meant.Dumps, to: meant.Meant) -> dict[str, str]:
             return {"host": to.name, "port": str(meant.choose_port(to, service_or_none))}
 
 
-def _ask(client: LabClient, node: str, path: str, query: Mapping[str, str]) -> Mapping[str, Any]:
+def _ask(client: MeshClient, node: str, path: str, query: Mapping[str, str]) -> Mapping[str, Any]:
     status, body = client.http_get(node, f"{path}?{urllib.parse.urlencode(query)}")
     if status == 404:
         raise Unavailable(
-            f"{node}: its proxy explains nothing", hint="is it another program? ambit lab status"
+            f"{node}: its proxy explains nothing", hint="is it another program? ambit status"
         )
     if status != 200:
         raise Unavailable(f"{node}: {body.decode('utf-8', 'replace').strip()[:300]}")
@@ -109,7 +108,7 @@ def _ask(client: LabClient, node: str, path: str, query: Mapping[str, str]) -> M
     return value
 
 
-def _add_places(client: LabClient, report: dict[str, Any]) -> None:
+def _add_places(client: MeshClient, report: dict[str, Any]) -> None:
     """Say at each verdict where the policies that decided are written."""
 
     def get(kind: str, namespace: str, name: str) -> list[dict[str, Any]]:

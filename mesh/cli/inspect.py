@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 import click
 
 from mesh.cli import held
-from mesh.cli.choose import lab_client, lab_option
+from mesh.cli.choose import MeshClient, Where, mesh_client, where_options
 from mesh.cli.output import UNREACHABLE, NotFound, emit, errors, output_option, say
 from mesh.errors import MeshError, Unavailable
-from mesh.lab.control import LabClient
 
 F = TypeVar("F", bound=Callable[..., Any])
 Columns = Sequence[tuple[str, str]]
@@ -31,14 +30,14 @@ _namespace_option = click.option("-n", "--namespace", help="Only what belongs to
 
 def _asking(function: F) -> F:
     """The options that all of these verbs have."""
-    for option in (output_option, _namespace_option, lab_option, _node_option):
+    for option in (output_option, _namespace_option, where_options, _node_option):
         function = option(function)
     return function
 
 
 @click.command()
 @_asking
-def workloads(node: str | None, name: str | None, namespace: str | None, form: str) -> None:
+def workloads(node: str | None, where: Where, namespace: str | None, form: str) -> None:
     """Show the workloads that the node proxies know.
 
     PROTOCOL is HBONE for those that are reached through the mesh's tunnel.
@@ -50,7 +49,7 @@ def workloads(node: str | None, name: str | None, namespace: str | None, form: s
       ambit workloads -o json
     """
     with errors():
-        dumps, missing = _dumps(name, node)
+        dumps, missing = _dumps(where, node)
         told = held.workloads(dumps, namespace)
     columns = [("NAMESPACE", "namespace"), ("POD NAME", "name"), ("ADDRESS", "address")]
     columns += [("NODE", "node"), ("WAYPOINT", "waypoint"), ("PROTOCOL", "protocol")]
@@ -66,7 +65,7 @@ def workloads(node: str | None, name: str | None, namespace: str | None, form: s
 
 @click.command()
 @_asking
-def services(node: str | None, name: str | None, namespace: str | None, form: str) -> None:
+def services(node: str | None, where: Where, namespace: str | None, form: str) -> None:
     """Show the services that the node proxies know, and how many endpoints are healthy.
 
     \b
@@ -76,7 +75,7 @@ def services(node: str | None, name: str | None, namespace: str | None, form: st
       ambit services --node node2 -o json
     """
     with errors():
-        dumps, missing = _dumps(name, node)
+        dumps, missing = _dumps(where, node)
         told = held.services(dumps, namespace)
     columns = [("NAMESPACE", "namespace"), ("SERVICE NAME", "name"), ("SERVICE VIP", "vip")]
     columns += [("WAYPOINT", "waypoint"), ("ENDPOINTS", "healthy")]
@@ -97,7 +96,7 @@ def services(node: str | None, name: str | None, namespace: str | None, form: st
 
 @click.command()
 @_asking
-def policies(node: str | None, name: str | None, namespace: str | None, form: str) -> None:
+def policies(node: str | None, where: Where, namespace: str | None, form: str) -> None:
     """Show the authorization policies that the node proxies enforce.
 
     \b
@@ -107,7 +106,7 @@ def policies(node: str | None, name: str | None, namespace: str | None, form: st
       ambit policies -o yaml             with their rules
     """
     with errors():
-        dumps, missing = _dumps(name, node)
+        dumps, missing = _dumps(where, node)
         told = held.policies(dumps, namespace)
     columns = [("NAMESPACE", "namespace"), ("POLICY NAME", "name"), ("ACTION", "action")]
     columns.append(("SCOPE", "scope"))
@@ -119,7 +118,7 @@ def policies(node: str | None, name: str | None, namespace: str | None, form: st
 
 @click.command()
 @_asking
-def certificates(node: str | None, name: str | None, namespace: str | None, form: str) -> None:
+def certificates(node: str | None, where: Where, namespace: str | None, form: str) -> None:
     """Show the certificates that the node proxies hold, without keys.
 
     -n chooses by the namespace of the identity.
@@ -131,7 +130,7 @@ def certificates(node: str | None, name: str | None, namespace: str | None, form
       ambit certificates -n shop -o json
     """
     with errors():
-        dumps, missing = _dumps(name, node)
+        dumps, missing = _dumps(where, node)
         told = held.certificates(dumps, datetime.now(UTC), namespace)
     columns = [("CERTIFICATE NAME", "identity"), ("TYPE", "type"), ("STATUS", "state")]
     columns += [("VALID CERT", "valid"), ("SERIAL NUMBER", "serial_number")]
@@ -151,7 +150,7 @@ def certificates(node: str | None, name: str | None, namespace: str | None, form
 @click.option("--raw", is_flag=True, help="Print addresses, not the names they belong to.")
 def connections(
     node: str | None,
-    name: str | None,
+    where: Where,
     namespace: str | None,
     form: str,
     direction: str | None,
@@ -170,7 +169,7 @@ def connections(
       ambit connections --raw
     """
     with errors():
-        dumps, missing = _dumps(name, node)
+        dumps, missing = _dumps(where, node)
         told = held.connections(dumps, namespace, direction)
     columns = [("WORKLOAD", "workload"), ("DIRECTION", "direction"), ("LOCAL", "local")]
     columns += [("REMOTE", "remote"), ("REMOTE TARGET", "remote_target"), ("PROTOCOL", "protocol")]
@@ -199,17 +198,15 @@ def _print(
         say("hint: a change may be on its way; if it stays: ambit lab logs ztunnel@NODE")
 
 
-def _dumps(name: str | None, node: str | None) -> tuple[dict[str, Any], list[MeshError]]:
+def _dumps(where: Where, node: str | None) -> tuple[dict[str, Any], list[MeshError]]:
     """The dumps of the chosen nodes, and why others could not be had.
 
     Raises NotFound for a node that does not exist, Unavailable when no proxy answers.
     """
-    client = lab_client(name)
+    client = mesh_client(where)
     there = [each["name"] for each in client.status()["nodes"]]
     if node is not None and node not in there:
-        raise NotFound(
-            f"no node {node!r} in lab {client.address.name}", hint=f"nodes: {', '.join(there)}"
-        )
+        raise NotFound(f"no node {node!r} in {client.where}", hint=f"nodes: {', '.join(there)}")
     dumps: dict[str, Any] = {}
     missing: list[MeshError] = []
     for each in there if node is None else [node]:
@@ -222,9 +219,9 @@ def _dumps(name: str | None, node: str | None) -> tuple[dict[str, Any], list[Mes
     return dumps, missing
 
 
-def read_dump(client: LabClient, node: str) -> Any:
+def read_dump(client: MeshClient, node: str) -> Any:
     """What a node's proxy says it holds. Raises Unavailable."""
-    hint = "how are the daemons? ambit lab status"
+    hint = "how are the daemons? ambit status"
     try:
         status, body = client.http_get(node, "/config_dump")
     except Unavailable as error:

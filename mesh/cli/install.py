@@ -7,16 +7,16 @@ traffic would lead to a proxy that is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import click
 import trio
 
 from mesh import __version__
 from mesh.cli import definitions, manifest
+from mesh.cli.choose import access_options
 from mesh.cli.enroll import AMBIENT, LABEL
 from mesh.cli.output import errors, say
 from mesh.cli.values import Values
@@ -24,19 +24,7 @@ from mesh.cluster.api import Object, Ref, Synced, ref_of
 from mesh.cluster.open import ClusterChoice, open_cluster
 from mesh.errors import ConfigError, Unavailable
 
-_T = TypeVar("_T", bound=Callable[..., object])
 _SERVED_SECONDS = 30.0
-
-
-def _access_options(command: _T) -> _T:
-    context = click.option("--context", default="", metavar="NAME", help="Which context of it.")
-    kubeconfig = click.option(
-        "--kubeconfig",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        envvar="KUBECONFIG",
-        help="How to reach the cluster; by default as kubectl does.",
-    )
-    return kubeconfig(context(command))
 
 
 _namespace_option = click.option(
@@ -45,7 +33,7 @@ _namespace_option = click.option(
 
 
 @click.command()
-@_access_options
+@access_options
 @_namespace_option
 @click.option("--image", help="Image of the daemons.  [default: ambit:VERSION]")
 @click.option("--replicas", default=2, show_default=True, help="Controllers.")
@@ -93,7 +81,7 @@ def install(
 
 
 @click.command()
-@_access_options
+@access_options
 @_namespace_option
 @click.option("--purge", is_flag=True, help="Also the namespace (with the root key) and policies.")
 @click.option("--force", is_flag=True, help="Even while namespaces are enrolled.")

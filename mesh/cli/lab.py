@@ -90,13 +90,17 @@ def up(
 
     with errors():
         traces = trace_variables(os.environ, otlp)
+        outside = collector_outside(traces)
         settings = LabSettings(
             name=check_name(name),
             directory=Path(os.path.realpath(directory)),
             nodes=nodes,
             replace=parse_replacements(replace, nodes_on),
-            environment={"ztunnel": traces},
-            outside=collector_outside(traces),
+            environment={
+                "ztunnel": traces,
+                "istiod": {"WAYPOINT_TRACES": waypoint_traces(traces, outside)},
+            },
+            outside=outside,
             detach=detach,
         )
         running = start(settings, progress=say if sys.stderr.isatty() else None)
@@ -118,6 +122,21 @@ def trace_variables(environ: Mapping[str, str], endpoint: str | None) -> dict[st
         told.pop(TRACES_ENDPOINT, None)
         told[ENDPOINT] = endpoint
     return told
+
+
+def waypoint_traces(variables: Mapping[str, str], outside: tuple[str, int] | None) -> str:
+    """The same for waypoints, as the controller takes it: without secrets, and with the address of
+    its node where a node proxy asks at `outside` on loopback.
+    """
+    told = {}
+    for name, value in variables.items():
+        if name.endswith("_HEADERS"):
+            continue
+        if outside is not None and name in (ENDPOINT, TRACES_ENDPOINT):
+            url = urllib.parse.urlsplit(value)
+            value = url._replace(netloc=f"$(HOST_IP):{outside[1]}").geturl()
+        told[name] = urllib.parse.quote(value, safe="")
+    return ",".join(f"{name}={value}" for name, value in told.items())
 
 
 def collector_outside(variables: Mapping[str, str]) -> tuple[str, int] | None:

@@ -1,8 +1,8 @@
 """`ambit status`: the whole mesh on one screen, and what needs attention.
 
 Who is connected and in step, the waypoints, the certificates, and every finding: from the
-controller's debug pages, the node proxies' own dumps and the lab. What does not answer needs
-attention itself; it hides nothing else.
+controller's debug pages, the node proxies' own dumps, and the lab or the Kubernetes API. What does
+not answer needs attention itself; it hides nothing else.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 import click
 
 from mesh.cli import held
-from mesh.cli.choose import lab_client, lab_option
+from mesh.cli.choose import MeshClient, Where, mesh_client, where_options
 from mesh.cli.inspect import read_dump
 from mesh.cli.output import emit, errors, output_option
-from mesh.errors import Unavailable
-from mesh.lab.control import LabClient
+from mesh.errors import MeshError
 
 WAYPOINT_CLASS = "istio-waypoint"
 CONTROLLER_PORT = 15014
@@ -42,9 +41,9 @@ _CONDITIONED = (
 
 
 @click.command()
-@lab_option
+@where_options
 @output_option
-def status(name: str | None, form: str) -> None:
+def status(where: Where, form: str) -> None:
     """Show the whole mesh on one screen: proxies, waypoints, certificates, what needs attention.
 
     SYNC compares what the controller says now with what the proxy acknowledged; ANSWERED is how
@@ -53,45 +52,58 @@ def status(name: str | None, form: str) -> None:
     \b
     Examples:
       ambit status
-      ambit status -o wide
+      ambit status --context staging -o wide
       ambit status -o json | jq '.attention[].message'
     """
     with errors():
-        report = gather(lab_client(name), datetime.now(UTC))
+        report = gather(mesh_client(where), datetime.now(UTC))
     if form in {"json", "yaml"}:
         emit(report, form)
     else:
         _show(report, everything=form == "wide")
 
 
-def gather(client: LabClient, now: datetime) -> Data:
-    """Ask everybody; the report. Raises Unavailable if there is no lab."""
+def gather(client: MeshClient, now: datetime) -> Data:
+    """Ask everybody; the report. Raises Unavailable if there is no mesh to ask."""
     lab = client.status()
     unreachable: list[str] = []
+    silent: dict[str, str] = {}
 
-    def ask(path: str, default: Any) -> Any:
-        try:
-            code, body = client.http_get("istiod", path, port=CONTROLLER_PORT)
-            return json.loads(body) if code == 200 else default
-        except (Unavailable, ValueError) as error:
-            unreachable.append(f"the controller does not answer {path}: {error}")
-            return default
+    def ask(path: str, default: Any) -> list[Any]:
+        """What each replica of the controller says; in a lab there is one."""
+        answers = []
+        for place in lab.get("controllers", ["istiod"]):
+            try:
+                code, body = client.http_get(place, path, port=CONTROLLER_PORT)
+                if code == 200:
+                    answers.append(json.loads(body))
+                else:
+                    silent.setdefault(place, f"{place} answers {code} to {path}")
+            except (MeshError, ValueError) as error:
+                # Once for each: its other pages would say the same.
+                silent.setdefault(place, f"the controller does not answer {path}: {error}")
+        return answers or [default]
 
     dumps: Data = {}
     for node in lab.get("nodes", []):
         try:
             dumps[node["name"]] = read_dump(client, node["name"])
-        except Unavailable as error:
+        except MeshError as error:
             unreachable.append(str(error))
     objects = [each for kind in _CONDITIONED for each in client.get(kind)]
+    clients, versions, findings = (
+        ask("/debug/syncz", []),
+        ask("/debug/versionz", {}),
+        ask("/debug/findings", []),
+    )
     return summarize(
-        lab,
-        clients=ask("/debug/syncz", []),
-        version=ask("/debug/versionz", {}).get("version", ""),
-        findings=ask("/debug/findings", []),
+        {**lab, "where": client.where},
+        clients=[each for answer in clients for each in answer],
+        version=versions[0].get("version", ""),
+        findings=findings[0],
         objects=objects,
         certificates=held.certificates(dumps, now).rows,
-        unreachable=unreachable[:1] + [each for each in unreachable[1:] if "/debug" not in each],
+        unreachable=[*silent.values(), *unreachable],
         now=now,
     )
 
@@ -123,6 +135,7 @@ def summarize(
     attention += _findings(findings)
     attention += [note for each in listed for note in _conditions(each)]
     return {
+        "mesh": lab.get("where", ""),
         "lab": lab.get("name", ""),
         "phase": lab.get("phase", ""),
         "uptimeSeconds": lab.get("uptime_seconds"),
@@ -206,15 +219,21 @@ def _certificates(rows: list[Mapping[str, Any]], now: datetime) -> Data:
     )
     return {
         "valid": sum(each.get("valid") is True for each in leaves),
+        # Asked for and not answered yet; one that is refused, or answered too late, is not this.
+        "pending": sum(_is_pending(each) for each in leaves),
         "unavailable": [
             {"identity": each.get("identity", ""), "state": each.get("state", ""),
              "error": each.get("error", "")}
             for each in leaves
-            if each.get("valid") is not True
+            if each.get("valid") is not True and not _is_pending(each)
         ],
         "firstEndsInSeconds": round(ends[0][0]) if ends else None,
         "firstToEnd": ends[0][1] if ends else "",
     }  # fmt: skip
+
+
+def _is_pending(certificate: Mapping[str, Any]) -> bool:
+    return certificate.get("state") == "Initializing" and not certificate.get("error")
 
 
 def _seconds_until(text: object, now: datetime) -> float | None:
@@ -241,19 +260,22 @@ def _old_certificates(certified: Mapping[str, Any]) -> list[Data]:
 def _missing(lab: Mapping[str, Any], proxies: list[Data]) -> list[Data]:
     """Daemons that do not run, and node proxies that are not connected."""
     notes = []
+
+    def logs(name: str, daemon: str) -> str:
+        return str(lab.get("logs_hint", "ambit lab logs {name}")).format(name=name, app=daemon)
+
     places = [("istiod", (lab.get("control_plane") or {}).get("daemons") or {})]
     places += [(node["name"], node.get("daemons") or {}) for node in lab.get("nodes", [])]
     for place, daemons in places:
         for daemon, each in daemons.items():
             name = daemon if place == "istiod" else f"{daemon}@{place}"
             if each.get("state") not in ("ready", "running"):
-                hint = f"ambit lab logs {name}"
-                notes.append(_note("error", name, f"is {each.get('state')}", hint))
+                notes.append(_note("error", name, f"is {each.get('state')}", logs(name, daemon)))
             elif daemon == "ztunnel" and not any(
                 proxy["type"] == "ztunnel" and proxy["node"] == place for proxy in proxies
             ):
-                hint = f"ambit lab logs {name}"
-                notes.append(_note("error", name, "is not connected to the controller", hint))
+                message = "is not connected to the controller"
+                notes.append(_note("error", name, message, logs(name, daemon)))
     return notes
 
 
@@ -302,8 +324,9 @@ def age(seconds: object) -> str:
 def _show(report: Data, *, everything: bool) -> None:
     enrolled = f"{report['enrolledPods']} of {report['pods']} pods in the mesh"
     version = report["controllerVersion"] or "not answering"
+    up = f" for {age(report['uptimeSeconds'])}" if report["uptimeSeconds"] is not None else ""
     click.echo(
-        f"lab {report['lab']}: {report['phase']} for {age(report['uptimeSeconds'])}, "
+        f"{report['mesh']}: {report['phase']}{up}, "
         f"{report['nodes']} nodes, {enrolled}, controller {version}\n"
     )
     columns = [("PROXY", "name"), ("TYPE", "type"), ("VERSION", "version"), ("SYNC", "shown")]
@@ -325,6 +348,8 @@ def _show(report: Data, *, everything: bool) -> None:
         emit(None, "table", columns=columns, rows=report["waypoints"])
     certified = report["certificates"]
     click.echo(f"\ncertificates: {certified['valid']} valid", nl=False)
+    if certified["pending"]:
+        click.echo(f", {certified['pending']} being issued", nl=False)
     if certified["firstEndsInSeconds"] is not None:
         click.echo(f", the first ends in {age(certified['firstEndsInSeconds'])}", nl=False)
     click.echo("\n")

@@ -8,16 +8,17 @@ how far it is.
 from __future__ import annotations
 
 import re
+import select
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import click
-import trio
 
-from mesh.cli.choose import lab_client
+from mesh.cli.choose import MeshClient, Where, mesh_client, where_options
 from mesh.cli.output import NotFound, emit, errors, output_option, say
 from mesh.errors import ConfigError, Unavailable
-from mesh.lab.control import LabClient, NotThere
+from mesh.lab.control import NotThere
 
 CLASS: Final = "istio-waypoint"
 USE_LABEL: Final = "istio.io/use-waypoint"
@@ -45,7 +46,6 @@ _for_option = click.option(
     help="Whose traffic it takes; service unless said.",
 )
 _revision_option = click.option("-r", "--revision", default="", help="Its label istio.io/rev.")
-_lab = click.option("--lab", "lab", metavar="NAME", help="Which lab, when several are up.")
 
 
 def gateway(namespace: str, name: str, traffic: str | None, revision: str) -> Object:
@@ -119,7 +119,7 @@ def generate(namespace: str, waypoint: str, traffic: str | None, revision: str) 
 @click.option("--overwrite", is_flag=True, help="Also when it uses another waypoint now.")
 @click.option("-w", "--wait", is_flag=True, help="Until the waypoint serves.")
 @click.option("--waypoint-timeout", default=90.0, show_default=True, help="Seconds to wait.")
-@_lab
+@where_options
 def apply(
     namespace: str,
     waypoint: str,
@@ -129,7 +129,7 @@ def apply(
     overwrite: bool,
     wait: bool,
     waypoint_timeout: float,
-    lab: str | None,
+    where: Where,
 ) -> None:
     """Deploy a waypoint, or change one.
 
@@ -141,7 +141,7 @@ def apply(
     """
     with errors():
         wanted = gateway(namespace, waypoint, traffic, revision)
-        client = lab_client(lab)
+        client = mesh_client(where)
         around = _namespace(client, namespace)
         if enroll_namespace:
             _check_use(around, waypoint, overwrite=overwrite)
@@ -160,9 +160,9 @@ def apply(
 @click.argument("names", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every waypoint of the namespace.")
 @_revision_option
-@_lab
+@where_options
 def delete(
-    namespace: str, names: tuple[str, ...], everything: bool, revision: str, lab: str | None
+    namespace: str, names: tuple[str, ...], everything: bool, revision: str, where: Where
 ) -> None:
     """Delete waypoints, and what was made for them. Services that have L7 policy stay closed.
 
@@ -173,7 +173,7 @@ def delete(
       ambit waypoint delete -n shop --all
     """
     with errors():
-        client = lab_client(lab)
+        client = mesh_client(where)
         there = _waypoints(client, namespace, revision)
         if everything and names:
             raise ConfigError("either names or --all")
@@ -196,9 +196,9 @@ def delete(
 @waypoint.command("list")
 @_namespace_option
 @_all_option
-@_lab
+@where_options
 @output_option
-def list_(namespace: str, everywhere: bool, lab: str | None, form: str) -> None:
+def list_(namespace: str, everywhere: bool, where: Where, form: str) -> None:
     """List waypoints.
 
     \b
@@ -209,7 +209,7 @@ def list_(namespace: str, everywhere: bool, lab: str | None, form: str) -> None:
     """
     with errors():
         rows = [
-            _listed(each) for each in _waypoints(lab_client(lab), _where(namespace, everywhere))
+            _listed(each) for each in _waypoints(mesh_client(where), _where(namespace, everywhere))
         ]
         columns = ["namespace", "name", "revision", "traffic type", "programmed"]
         emit(rows, form, columns=_columns(columns), rows=rows)
@@ -221,7 +221,7 @@ def list_(namespace: str, everywhere: bool, lab: str | None, form: str) -> None:
 @_all_option
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until they serve.")
 @click.option("--waypoint-timeout", default=90.0, show_default=True, help="Seconds to wait.")
-@_lab
+@where_options
 @output_option
 def status(
     namespace: str,
@@ -229,7 +229,7 @@ def status(
     everywhere: bool,
     wait: bool,
     waypoint_timeout: float,
-    lab: str | None,
+    where: Where,
     form: str,
 ) -> None:
     """Show the conditions of waypoints; waits until they serve.
@@ -241,7 +241,7 @@ def status(
       ambit waypoint status -A -o json
     """
     with errors():
-        client = lab_client(lab)
+        client = mesh_client(where)
         found = _waypoints(client, _where(namespace, everywhere))
         known = [each["metadata"]["name"] for each in found]
         for name in names:
@@ -264,7 +264,7 @@ def _columns(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(name.upper(), name.replace(" ", "_")) for name in names]
 
 
-def _waypoints(client: LabClient, namespace: str | None, revision: str = "") -> list[Object]:
+def _waypoints(client: MeshClient, namespace: str | None, revision: str = "") -> list[Object]:
     def fits(found: Object) -> bool:
         labels = found["metadata"].get("labels") or {}
         is_ours = (found.get("spec") or {}).get("gatewayClassName") == CLASS
@@ -273,7 +273,7 @@ def _waypoints(client: LabClient, namespace: str | None, revision: str = "") -> 
     return [each for each in client.get("Gateway", namespace) if fits(each)]
 
 
-def _namespace(client: LabClient, name: str) -> Object:
+def _namespace(client: MeshClient, name: str) -> Object:
     found = client.get("Namespace", None, name)
     if not found:
         there = ", ".join(sorted(each["metadata"]["name"] for each in client.get("Namespace")))
@@ -327,29 +327,22 @@ def _conditions(found: Object) -> list[Object]:
     ]
 
 
-def _wait(client: LabClient, namespace: str, names: Iterable[str], timeout: float) -> None:
+def _wait(client: MeshClient, namespace: str, names: Iterable[str], timeout: float) -> None:
     """Until every one of them is programmed. Raises Unavailable."""
-    trio.run(_wait_programmed, client, namespace, tuple(names), timeout)
-
-
-async def _wait_programmed(
-    client: LabClient, namespace: str, names: tuple[str, ...], timeout: float
-) -> None:
-    told: dict[str, Mapping[str, Any]] = {}
-
-    def pending() -> list[str]:
-        told.clear()
-        for each in _waypoints(client, namespace):
-            told[each["metadata"]["name"]] = condition(each, "Programmed")
-        return [name for name in names if told.get(name, {}).get("status") != "True"]
-
-    with trio.move_on_after(timeout):
-        while pending():  # noqa: ASYNC110  what we wait for is somebody else's object
-            await trio.sleep(_POLL_SECONDS)
-        return
-    late = next(iter(pending()), None)
-    if late is None:
-        return
+    wanted = tuple(names)
+    deadline = time.monotonic() + timeout
+    while True:
+        told = {
+            each["metadata"]["name"]: condition(each, "Programmed")
+            for each in _waypoints(client, namespace)
+        }
+        late = next((each for each in wanted if told.get(each, {}).get("status") != "True"), None)
+        if late is None:
+            return
+        if time.monotonic() > deadline:
+            break
+        # What we wait for is somebody else's object.
+        select.select([], [], [], _POLL_SECONDS)
     why = told.get(late, {})
     raise Unavailable(
         f"waypoint {namespace}/{late} does not serve after {timeout:.0f} s"

@@ -69,6 +69,7 @@ _GROUP_OF = {
     "Secret": "",
     "Event": "",
     "Lease": "coordination.k8s.io",
+    "NetworkPolicy": "networking.k8s.io",
     "PodDisruptionBudget": "policy",
     "Role": "rbac.authorization.k8s.io",
     "RoleBinding": "rbac.authorization.k8s.io",

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from mesh.cluster import port_forward
 from mesh.cluster.api import Object
 from mesh.cluster.mirror import ApiFailure
 from mesh.errors import ConfigError
@@ -109,6 +110,15 @@ class ApiServer:
                 yield batches
         finally:
             call.cancel()
+
+    async def read_page(self, pod_path: str, port: int, path: str) -> tuple[int, bytes]:
+        """See `port_forward.read_page`. If cancelled: its thread ends by its own time limit."""
+        await self.connect()
+        return await trio.to_thread.run_sync(
+            partial(port_forward.read_page, self._client, pod_path, port, path),
+            abandon_on_cancel=True,
+            limiter=self._threads,
+        )
 
     async def _batches(self, call: _Call, response: Any) -> AsyncGenerator[list[Object], None]:
         rest = b""

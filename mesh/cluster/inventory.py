@@ -22,6 +22,7 @@ from mesh.cluster.l7_policies import (
     parse_redaction_policy,
     parse_request_authentication,
 )
+from mesh.cluster.network_policies import parse_network_policy
 from mesh.cluster.objects import (
     Metadata,
     parse_endpoint_slice,
@@ -53,6 +54,7 @@ PARSERS: Mapping[str, Parser] = {
     "EndpointSlice": parse_endpoint_slice,
     "ServiceEntry": parse_service_entry,
     "WorkloadEntry": parse_workload_entry,
+    "NetworkPolicy": parse_network_policy,
     "DestinationRule": parse_destination_rule,
     "XBackendTrafficPolicy": parse_backend_traffic_policy,
     "AuthorizationPolicy": parse_authorization_policy,

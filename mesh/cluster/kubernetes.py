@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -22,7 +23,7 @@ import trio
 from mesh.cluster.api import Conflict, Event, NotFound, Object, Ref, Synced, group_of, ref_of
 from mesh.cluster.api_server import Access, ApiServer
 from mesh.cluster.mirror import ApiFailure, Resource, version_of
-from mesh.cluster.reflector import Page, Reflector, Report
+from mesh.cluster.reflector import PAGE_LIMIT, Page, Reflector, Report
 from mesh.errors import ConfigError, MeshError, Unavailable
 
 FIELD_MANAGER = "ambit"
@@ -194,6 +195,39 @@ class KubernetesCluster:
         query = [("fieldManager", self._manager)]
         return await self._send("PUT", path, ref, query=query, body=object)
 
+    async def list_objects(self, kind: str, namespace: str = "") -> list[Object]:
+        """The objects of a kind, of one namespace or of all; none if the kind is not served.
+
+        Raises ConfigError when we may not read them, Unavailable.
+        """
+        try:
+            resource = await self.discover(kind)
+        except ApiFailure as failure:
+            raise _meaning(failure, kind) from failure
+        if resource is None:
+            return []
+        found: list[Object] = []
+        token, more = "", True
+        while more:
+            query = [("limit", str(PAGE_LIMIT)), *([("continue", token)] if token else [])]
+            answer = await self._send("GET", resource.path(namespace), kind, query=query)
+            said = {"apiVersion": resource.api_version, "kind": kind.partition(".")[0]}
+            found += [{**said, **item} for item in answer.get("items") or ()]
+            token = (answer.get("metadata") or {}).get("continue") or ""
+            more = bool(token)
+        return found
+
+    async def read_page(self, pod: Ref, port: int, path: str) -> tuple[int, bytes]:
+        """GET a page that a pod serves to itself, by a forwarded port; status and body.
+
+        Raises NotFound, ConfigError when we may not, Unavailable.
+        """
+        resource = await self._known(pod)
+        try:
+            return await self._server.read_page(resource.path(pod.namespace, pod.name), port, path)
+        except ApiFailure as failure:
+            raise _meaning(failure, pod) from failure
+
     async def token_keys(self) -> tuple[str, bytes]:
         """The issuer of service accounts' tokens, and its public keys as a JWKS document.
 
@@ -260,7 +294,7 @@ class KubernetesCluster:
     async def _discover(self, path: str) -> Mapping[str, Any] | None:
         async with self._discovery:
             until, found = self._discovered.get(path, (0.0, None))
-            if trio.current_time() < until:
+            if time.monotonic() < until:
                 return found
             try:
                 found = await self._server.call("GET", path)
@@ -268,7 +302,7 @@ class KubernetesCluster:
                 if failure.code != 404:
                     raise
                 found = None
-            self._discovered[path] = (trio.current_time() + _DISCOVERY_SECONDS, found)
+            self._discovered[path] = (time.monotonic() + _DISCOVERY_SECONDS, found)
             return found
 
     async def _resource_of(self, obj: Object) -> Resource:

@@ -19,6 +19,7 @@ from mesh.cluster.inventory import Inventory
 from mesh.cluster.objects import Namespace, Pod, Service, ServiceAccount, is_selected, parse_pod
 from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication
 from mesh.cluster.shapes import unknown_fields
+from mesh.cluster.validate_pods import odd_pods
 from mesh.cluster.validate_traffic import odd_traffic
 from mesh.errors import ConfigError
 
@@ -153,6 +154,7 @@ def _relate(checked: _Set, places: Mapping[Ref, Source | None]) -> Iterator[Find
         _odd_services(checked),
         _odd_policies(checked),
         odd_traffic(inventory, checked.pods),
+        odd_pods(inventory, checked.pods),
     ):
         for ref, path, message, hint in each:
             source = places.get(ref) or inventory.source(ref)

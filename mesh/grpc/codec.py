@@ -88,6 +88,23 @@ def _known_code(code: int) -> Code:
 # ---- messages
 
 
+@dataclass(frozen=True, slots=True)
+class Serialized:
+    """A message that is bytes already, in parts that follow each other.
+
+    Protobuf takes fields in any order, so messages that are equal but for a few small fields
+    can share the bytes of the rest: one part, sent to everybody and copied for nobody.
+    """
+
+    parts: tuple[bytes, ...]
+
+    def encode(self) -> tuple[bytes, ...]:
+        """The framed message, in parts."""
+        head, *rest = self.parts
+        size = sum(map(len, self.parts))
+        return (_PREFIX.pack(0, size) + head, *rest)
+
+
 def encode_message(message: Message) -> bytes:
     """The framed message. Raises GrpcError(INTERNAL) when it cannot be serialized."""
     try:

@@ -26,6 +26,7 @@ from mesh.grpc.codec import (
     GrpcError,
     MessageDecoder,
     Method,
+    Serialized,
     encode_message,
     encode_status,
     parse_message,
@@ -216,12 +217,13 @@ class _Exchange:
             await self.stream.send_headers([(":status", "200"), ("content-type", CONTENT_TYPE)])
             self._head_sent = True
 
-    async def _send(self, message: Message) -> None:
-        data = encode_message(message)
+    async def _send(self, message: Message | Serialized) -> None:
+        parts = _framed(message)
         async with self._sending:
             await self._send_head_locked()
             self._inside_message = True
-            await self.stream.send(data)
+            for part in parts:
+                await self.stream.send(part)
             self._inside_message = False
 
     async def finish(self, code: Code, message: str) -> None:
@@ -257,6 +259,12 @@ class _Requests:
         if message is None:
             raise StopAsyncIteration
         return message
+
+
+def _framed(message: Message | Serialized) -> tuple[bytes, ...]:
+    if isinstance(message, Serialized):
+        return message.encode()
+    return (encode_message(message),)
 
 
 def _http_problem(stream: Stream) -> str:

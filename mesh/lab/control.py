@@ -128,6 +128,11 @@ class LabClient:
         self.address = LabAddress(check_name(name), os.getuid() if uid is None else uid)
         self.timeout = timeout
 
+    @property
+    def where(self) -> str:
+        """Which lab this is, for messages."""
+        return f"lab {self.address.name}"
+
     def status(self) -> dict[str, Any]:
         """The lab as data: see `Supervisor.status` for the keys.
 

@@ -24,6 +24,7 @@ from mesh.errors import ConfigError, MeshError, Unavailable
 from mesh.lab.control import LabClient
 from mesh.lab.story import FIRST_STEPS, LAST_STEPS, NODES, POLL_SECONDS, Failed, Story, in_thread
 from mesh.lab.story_l7 import L7_STEPS
+from mesh.lab.story_objects import TRACES
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "manifests" / "examples" / "shop"
 STEPS = (*FIRST_STEPS, *L7_STEPS, *LAST_STEPS)
@@ -47,7 +48,13 @@ async def own_lab(name: str, directory: Path) -> AsyncIterator[LabClient]:
     argv += ["--dir", str(directory), "--nodes", str(NODES)]
     async with trio.open_nursery() as nursery:
         run = partial(
-            trio.run_process, argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+            trio.run_process,
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=False,
+            env=os.environ | TRACES,
         )
         process = await nursery.start(run)
         try:

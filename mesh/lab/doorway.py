@@ -27,8 +27,9 @@ class Doorway:
         self._asking = trio.Lock()
         self._slots = trio.Semaphore(MAX_CONNECTIONS)
 
-    async def serve(self, net: int, port: int) -> None:
-        """Lead `port` of loopback in the node's namespace `net` outside, for ever.
+    async def serve(self, net: int, port: int, address: str) -> None:
+        """Lead `port` of loopback, and of the node's own `address`, in the node's namespace `net`
+        outside, for ever. Pods of the node, such as waypoints, come by its address.
 
         If cancelled: its connections are cut. Raises KernelError when the port is taken there.
         """
@@ -38,7 +39,7 @@ class Doorway:
                     sockets.open_listener(port, namespace=net, host=host)
                 )
             )
-            for host in ("127.0.0.1", "::1")
+            for host in ("127.0.0.1", "::1", address)
         ]
         await trio.serve_listeners(self._carry, listeners)
 

@@ -7,6 +7,7 @@ that says what reached it.
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -21,69 +22,9 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from mesh.lab.story import Failed, Story, expect, in_thread, ip_of
+from mesh.lab.story_objects import COLLECTOR, POLICY, PRICES, ROUTE, SERVICE, VERSION
+from mesh.runtime.tracing.received import ReceivedSpan, read_export
 
-PRICES = """\
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: prices, namespace: shop}
-data:
-  prices.py: |
-    \"\"\"Says what reached it. /flaky answers 503 to two of three requests.\"\"\"
-    import http.server, itertools, json, sys
-
-    calls = itertools.count(1)
-
-    class Prices(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            fails = self.path == "/flaky" and next(calls) % 3
-            body = json.dumps({"version": sys.argv[1], "sees": self.client_address[0],
-                               "path": self.path, "headers": dict(self.headers),
-                               "card": "4111 1111 1111 1111"}).encode()
-            self.send_response(503 if fails else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            print(self.path, flush=True)
-
-    http.server.ThreadingHTTPServer(("0.0.0.0", 8080), Prices).serve_forever()
-"""
-VERSION = """\
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: prices-{version}, namespace: shop, labels: {{app: prices, version: {version}}}}}
-spec:
-  nodeSelector: {{kubernetes.io/hostname: {node}}}
-  containers:
-    - name: prices
-      image: python:3
-      command: [python3, /app/prices.py, {version}]
-      ports: [{{name: http, containerPort: 8080}}]
-      readinessProbe: {{httpGet: {{path: /ready, port: http}}, periodSeconds: 1}}
-      volumeMounts: [{{name: programs, mountPath: /app}}]
-  volumes: [{{name: programs, configMap: {{name: prices}}}}]
----
-apiVersion: v1
-kind: Service
-metadata: {{name: prices-{version}, namespace: shop}}
-spec:
-  selector: {{app: prices, version: {version}}}
-  ports: [{{name: http, port: 80, targetPort: http}}]
-"""
-SERVICE = """\
----
-apiVersion: v1
-kind: Service
-metadata: {name: prices, namespace: shop}
-spec:
-  selector: {app: prices}
-  ports: [{name: http, port: 80, targetPort: http}]
-"""
 # One connection, `count` requests one after the other; a line of JSON for each answer.
 ASK = """
 import http.client, json, sys
@@ -95,24 +36,11 @@ for _ in range(asked["count"]):
     body = r.read().decode()
     print(json.dumps({"status": r.status, "body": body, "headers": dict(r.getheaders())}))
 """
-ROUTE = """\
-apiVersion: gateway.networking.k8s.io/v1
-kind: HTTPRoute
-metadata: {{name: prices, namespace: shop}}
-spec:
-  parentRefs: [{{group: "", kind: Service, name: prices}}]
-  rules: {rules}
-"""
-POLICY = """\
-apiVersion: {api}
-kind: {kind}
-metadata: {{name: {name}, namespace: shop}}
-spec:
-  targetRefs: [{{group: "", kind: Service, name: prices}}]
-  {spec}
-"""
 ISSUER = "https://demo.ambit.example"
 Answer = Mapping[str, Any]
+
+
+Path = list[ReceivedSpan]
 
 
 def backend(version: str, weight: int = 1) -> dict[str, Any]:
@@ -356,6 +284,54 @@ class L7Story:
         expect(card.endswith("1111") and "4111" not in card, f"the card came as {card}")
         return f"4111 1111 1111 1111 arrives as {card}"
 
+    async def trace_joined(self) -> str:
+        """Spans of both node proxies, the waypoint and what the application saw are one tree."""
+        with self.written("75-collector.yaml", COLLECTOR):
+            found: list[Path] = []
+
+            async def probe() -> str | None:
+                # The first answers end connections whose spans belong to earlier requests.
+                (answer,) = await self.ask("/last")
+                seen = json.loads(answer["body"])["headers"].get("traceparent", "")
+                path = await self._path_to(seen)
+                names = [each.name for each in path]
+                if len(path) < 4:
+                    return f"{seen} is reached by {names or 'no span'}"
+                found.append(path)
+                return None
+
+            await self._story.until("the tree", probe)
+        path = found[-1]
+        services = [each.service for each in path]
+        expect(services == ["ztunnel", "waypoint", "waypoint", "ztunnel"], f"spans of {services}")
+        return f"{' > '.join(f'{a.service}: {a.name}' for a in path)}; the server saw the third"
+
+    async def _path_to(self, traceparent: str) -> Path:
+        """The spans of a trace from its root to the children of the span that was passed on."""
+        if traceparent.count("-") != 3:
+            return []
+        _, trace, parent, _ = traceparent.split("-")
+        path: Path = []
+        with trio.move_on_after(3):
+            # A span is told when it is over, and a moment later.
+            while len(path) < 4:
+                await trio.sleep(0.1)
+                log = await self._log_of_collector()
+                lines = (line.partition(b" ") for line in log.splitlines())
+                spans = (read_export(base64.b64decode(text), kind) for kind, _, text in lines)
+                known = {
+                    each.span_id: each for some in spans for each in some if each.trace_id == trace
+                }
+                path = [known[parent]] if parent in known else []
+                while path and path[0].parent_id in known:
+                    path.insert(0, known[path[0].parent_id])
+                path += [each for each in known.values() if each.parent_id == parent]
+        return path
+
+    async def _log_of_collector(self) -> bytes:
+        client = self._story.client
+        return await in_thread(lambda: b"".join(client.logs(pod=("outside", "collector"))))
+
     @asynccontextmanager
     async def route(self, name: str, *rules: dict[str, Any]) -> AsyncIterator[None]:
         """An HTTPRoute for as long as a step lasts, once it is in force: it marks its answers."""
@@ -412,4 +388,5 @@ L7_STEPS: tuple[tuple[str, Callable[[Story], Awaitable[str]]], ...] = (
     ("rate-limited", _step(L7Story.rate_limited)),
     ("redacted-request", _step(L7Story.redacted_request)),
     ("redacted-response", _step(L7Story.redacted_response)),
+    ("trace-joined", _step(L7Story.trace_joined)),
 )

@@ -124,7 +124,8 @@ class Supervisor:
             net = state.kernel.add_node(node)
             await services.start(dns.serve_names, net, lambda: state.zone)
             if self._doorway is not None and state.settings.outside is not None:
-                services.start_soon(self._doorway.serve, net, state.settings.outside[1])
+                port = state.settings.outside[1]
+                services.start_soon(self._doorway.serve, net, port, node.ips[0])
         self._host = self._make_host(logs)
         await self._ambient.write_objects()
         self._pods = await services.start(_open_nursery)

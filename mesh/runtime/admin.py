@@ -13,6 +13,7 @@ page in some browser on the node is nobody's administrator.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -63,12 +64,26 @@ class AdminApp:
         self._name = name
         self._handler_seconds = handler_seconds
         self._routes: dict[str, dict[str, Handler]] = {}
+        self._local: set[str] = set()
         self._connections = 0
 
-    def route(self, path: str, handler: Handler, methods: Sequence[str] = ("GET",)) -> None:
-        """Answer `path` by `handler`; HEAD comes with GET."""
+    def route(
+        self,
+        path: str,
+        handler: Handler,
+        methods: Sequence[str] = ("GET",),
+        *,
+        is_local: bool = False,
+    ) -> None:
+        """Answer `path` by `handler`; HEAD comes with GET.
+
+        What `is_local` is answered to callers from a loopback address only, whatever the
+        listener is open to: in a pod, to who may `kubectl port-forward` to it.
+        """
         for method in methods:
             self._routes.setdefault(path, {})[method] = handler
+        if is_local:
+            self._local.add(path)
 
     def paths(self) -> list[str]:
         """What is routed, sorted: for an index page."""
@@ -111,6 +126,7 @@ class AdminApp:
 
     async def _answer_all(self, stream: trio.SocketStream) -> None:
         reader = RequestReader()
+        is_local = _is_local(stream.socket)
         while True:
             try:
                 request = await _read_request(stream, reader)
@@ -119,7 +135,7 @@ class AdminApp:
                 return
             if request is None:
                 return
-            response = await self.handle(request)
+            response = await self.handle(request, is_local=is_local)
             with trio.move_on_after(REQUEST_SECONDS) as scope:
                 await stream.send_all(
                     encode_response(
@@ -131,9 +147,11 @@ class AdminApp:
             if scope.cancelled_caught or not request.keep_alive:
                 return
 
-    async def handle(self, request: Request) -> Response:
+    async def handle(self, request: Request, *, is_local: bool = True) -> Response:
         """The answer to one request: never raises, except when cancelled."""
         methods = self._routes.get(request.path)
+        if request.path in self._local and not is_local:
+            return Response.text("this page is for callers from here, as by port-forward", 403)
         if methods is None:
             return Response.text(f"no such page; there are: {' '.join(self.paths())}", 404)
         method = "GET" if request.method == "HEAD" else request.method
@@ -159,6 +177,18 @@ class AdminApp:
         if scope.cancelled_caught:
             return Response.text("took too long", 503)
         return answer or Response.text("internal error, see the log", 500)
+
+
+def _is_local(connection: trio.socket.SocketType) -> bool:
+    """Whether the peer is on this machine, or in this network namespace."""
+    if connection.family == socket.AF_UNIX:
+        return True
+    try:
+        peer = ipaddress.ip_address(connection.getpeername()[0])
+    except (OSError, ValueError):  # it has gone already
+        return False
+    mapped = getattr(peer, "ipv4_mapped", None)
+    return bool((mapped or peer).is_loopback)
 
 
 def _status(exc: MeshError) -> int:

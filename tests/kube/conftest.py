@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kube import BINARY, KubeServer, running_kube
+from tests.support.kube import BINARY, GIVEN, KubeServer, running_kube
 from tests.support.kube_mesh import Daemon, install, start_istiod
 
 
@@ -24,15 +24,25 @@ def _is_up(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test did to the server, the next one finds it running. A test that asks for it
     only as it runs is skipped here, where the reason is not lost.
     """
-    if request.node.get_closest_marker("kube") is not None and not BINARY.exists():
+    if request.node.get_closest_marker("kube") is not None and not (GIVEN or BINARY.exists()):
         pytest.skip("no kube-apiserver has been built: make kube")
     yield
     if "kube" in request.fixturenames:
         server: KubeServer = request.getfixturevalue("kube")
+        if server.is_given:
+            return
         assert server.process is not None
         server.resume()
         if server.process.poll() is not None:
             server.start()
+
+
+@pytest.fixture
+def stoppable(kube: KubeServer) -> KubeServer:
+    """The server, for tests that stop it, pause it, or make it forget."""
+    if kube.is_given:
+        pytest.skip("a cluster that was given to us is not ours to stop")
+    return kube
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from tests.support.kube_mesh import (
     leader,
     pod,
     put_pod,
+    start_istiod,
 )
 from tests.support.l7_samples import ACCEPTED, LIMIT, REFUSED_BY_RULES, REFUSED_BY_SHAPE, policy
 from tests.support.watched import watched
@@ -241,8 +243,48 @@ def test_one_replica_writes_and_another_takes_over(
     assert "BEGIN CERTIFICATE" in found["data"]["root-cert.pem"]
 
 
+def test_when_the_leader_is_killed_another_writes_on(installed: KubeServer, tmp_path: Path) -> None:
+    kube = installed
+    # A leader that dies gives nothing back: its lease has to run out.
+    both = [
+        start_istiod(kube, tmp_path, f"heir-{number}", LEASE_DURATION_SECONDS="2")[0]
+        for number in range(2)
+    ]
+    gateway = {
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "Gateway",
+        "metadata": {"name": "orphan", "namespace": "demo"},
+        "spec": {
+            "gatewayClassName": values.GATEWAY_CLASS,
+            "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE"}],
+        },
+    }
+    try:
+        for daemon in both:
+            daemon.wait_ready("/ready")
+        holder = eventually(lambda: leader(kube) if leader(kube).startswith("heir-") else "")
+        number = int(holder.partition("_")[0].removeprefix("heir-"))
+        both[number].end(signal.SIGKILL)
+        kube.apply(gateway)
+        eventually(lambda: leader(kube).startswith(f"heir-{1 - number}_"))
+
+        def accepted() -> bool:
+            status = kube.request("GET", path_of(gateway)).get("status") or {}
+            return any(
+                each["type"] == "Accepted" and each.get("observedGeneration")
+                for each in status.get("conditions") or ()
+            )
+
+        eventually(accepted)
+        eventually_served(kube, "/apis/apps/v1/namespaces/demo/deployments/orphan")
+    finally:
+        for daemon in both:
+            daemon.end()
+        kube.delete(gateway)
+
+
 def test_a_controller_without_an_api_server_goes_on(
-    installed: KubeServer, replicas: list[tuple[Daemon, int]]
+    stoppable: KubeServer, installed: KubeServer, replicas: list[tuple[Daemon, int]]
 ) -> None:
     kube = installed
     eventually(lambda: leader(kube))

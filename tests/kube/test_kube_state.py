@@ -80,7 +80,7 @@ def is_saved(path: Path, name: str) -> bool:
 
 
 async def test_it_serves_what_it_knew_until_the_server_is_back(
-    installed: KubeServer, tmp_path: Path
+    stoppable: KubeServer, installed: KubeServer, tmp_path: Path
 ) -> None:
     kube = installed
     put_pod(kube, pod("demo", "kept", "kept", "n1"), "10.0.1.1")

@@ -120,7 +120,9 @@ async def test_pages(kube: KubeServer, namespace: str) -> None:
         assert len(watch.names(namespace)) == count
 
 
-async def test_a_restart_of_the_server_loses_nothing(kube: KubeServer, namespace: str) -> None:
+async def test_a_restart_of_the_server_loses_nothing(
+    stoppable: KubeServer, kube: KubeServer, namespace: str
+) -> None:
     reports = Reports()
     cluster = KubernetesCluster(kube.access(), report=reports)
     kube.apply(config_map(namespace, "stays"))
@@ -141,7 +143,7 @@ async def test_a_restart_of_the_server_loses_nothing(kube: KubeServer, namespace
 
 
 async def test_a_server_that_is_away_is_a_fault_until_it_is_back(
-    kube: KubeServer, namespace: str
+    stoppable: KubeServer, kube: KubeServer, namespace: str
 ) -> None:
     cluster = KubernetesCluster(kube.access())
     async with watched(cluster, "ConfigMap") as watch:
@@ -154,7 +156,9 @@ async def test_a_server_that_is_away_is_a_fault_until_it_is_back(
         await watch.until(lambda w: "a" in w.names(namespace))
 
 
-async def test_compacted_history_is_read_anew(kube: KubeServer, namespace: str) -> None:
+async def test_compacted_history_is_read_anew(
+    stoppable: KubeServer, kube: KubeServer, namespace: str
+) -> None:
     reports = Reports()
     cluster = KubernetesCluster(kube.access(), report=reports)
     kube.apply(config_map(namespace, "goes"))
@@ -170,7 +174,10 @@ async def test_compacted_history_is_read_anew(kube: KubeServer, namespace: str) 
         await watch.until(lambda w: w.names(namespace) == {"comes"})
 
 
-async def test_a_server_that_falls_silent_is_left(kube: KubeServer, namespace: str) -> None:
+async def test_a_server_that_falls_silent_is_left(
+    stoppable: KubeServer, kube: KubeServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.cluster.api_server._CONNECT_SECONDS", 1.0)
     cluster = KubernetesCluster(kube.access(), silence_seconds=1.0)
     async with watched(cluster, "ConfigMap") as watch:
         kube.pause()
@@ -186,7 +193,9 @@ def busy_threads() -> int:
     return sum("Reflector" in each.name for each in threading.enumerate())
 
 
-async def test_cancelling_ends_every_thread_and_socket(kube: KubeServer) -> None:
+async def test_cancelling_ends_every_thread_and_socket(
+    stoppable: KubeServer, kube: KubeServer
+) -> None:
     cluster = KubernetesCluster(kube.access())
     with trio.fail_after(30):
         async with watched(cluster, "ConfigMap", "Pod", "Service", "Node", "Namespace"):

@@ -34,6 +34,7 @@ NAMES = [
     "rate-limited",
     "redacted-request",
     "redacted-response",
+    "trace-joined",
     "live-connection-survives-enroll",
     "unenroll",
 ]

@@ -132,6 +132,7 @@ def no_leak() -> Iterator[None]:
     here = os.readlink("/proc/thread-self/ns/net")
     before = len(descriptors(here))
     yield
+    gc.unfreeze()
     gc.collect()
     assert len(descriptors(here)) == before, f"left open: {descriptors(here)}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def collector_objects() -> list[dict[str, Any]]:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestLab]:
     directory = tmp_path_factory.mktemp("traces")
     shutil.copy(DATA / "echo" / "echo.yaml", directory)
+    shutil.copy(DATA / "traces" / "web.yaml", directory)
     (directory / "collector.yaml").write_text(yaml.safe_dump_all(collector_objects()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -131,6 +134,62 @@ def test_a_denied_connection_names_its_policy_at_the_end_that_denied(lab: TestLa
     assert "denied by policy echo/nobody, rule 0" in inbound.error
     assert outbound.attributes["response_flags"] == "DENY"
     assert outbound.error
+
+
+GET = """
+import json, sys, urllib.request
+request = urllib.request.Request("http://web/of/bob", headers=json.loads(sys.argv[1]))
+print(urllib.request.urlopen(request, timeout=10).read().decode())
+"""
+
+
+def test_requests_through_a_waypoint_are_in_the_tree(lab: TestLab) -> None:
+    command = [sys.executable, "-m", "mesh.cli", "waypoint", "apply", "-n", "echo", "--wait"]
+    command += ["--lab", lab.client.address.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+
+    def asked(**headers: str) -> list[Received]:
+        """The four spans, from the outermost to the innermost."""
+        seen = json.loads(lab.python("echo/caller", GET, json.dumps(headers)))
+        assert "traceparent" in seen
+        _, trace, parent, _ = seen["traceparent"].split("-")
+
+        def arrived() -> list[Received]:
+            known = {each.span_id: each for each in spans(lab) if each.trace_id == trace}
+            assert parent in known
+            path = [known[parent]]
+            while path[0].parent_id in known:
+                path.insert(0, known[path[0].parent_id])
+            below = [each for each in known.values() if each.parent_id == parent]
+            assert len(path) >= 2
+            return [*path, *below]
+
+        return eventually(arrived, seconds=10)
+
+    def whole() -> list[Received]:
+        # The first ones may have gone past the waypoint.
+        found = asked()
+        assert [each.name for each in found] == [
+            "ztunnel outbound", "GET echo/web.echo.svc.cluster.local",
+            "GET echo/web.echo.svc.cluster.local", "ztunnel inbound",
+        ]  # fmt: skip
+        return found
+
+    outer, server, tried, inner = eventually(whole, seconds=60)
+    assert [each.kind for each in (outer, server, tried, inner)] == [3, 2, 3, 2]
+    assert server.resource["service.name"] == tried.resource["service.name"] == "waypoint"
+    assert (outer.resource["k8s.node.name"], inner.resource["k8s.node.name"]) == ("node1", "node2")
+    assert server.attributes["url.path"] == "/of/bob"
+    assert server.attributes["http.response.status_code"] == 200
+    assert server.attributes["istio.source_workload"] == "caller"
+    assert tried.attributes["istio.destination_workload"] == "web"
+
+    # Who brings a context of its own stays in it.
+    trace, span = "12" * 16, "34" * 8
+    server, tried, *_ = asked(traceparent=f"00-{trace}-{span}-01", tracestate="a=b")
+    assert (server.trace_id, server.parent_id) == (trace, span)
+    assert tried.parent_id == server.span_id
 
 
 @pytest.fixture

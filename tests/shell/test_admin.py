@@ -290,3 +290,21 @@ async def test_readiness_of_one_of_two_processes_on_a_port() -> None:
     other = Request("GET", "/healthz/ready", {"process": str(os.getpid() + 1)})
     assert (await app.handle(mine)).status == 200
     assert (await app.handle(other)).status == 421
+
+
+async def test_local_pages_are_for_callers_from_here() -> None:
+    app = AdminApp()
+    app.route("/debug", echo, is_local=True)
+    assert (await app.handle(Request("GET", "/debug"), is_local=False)).status == 403
+    assert (await app.handle(Request("GET", "/debug"))).status == 200
+    # A caller over IPv4 has a mapped address at a listener for both.
+    listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    port = listener.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(app.serve, [listener])
+        for host in ("127.0.0.1", "::1"):
+            async with await trio.open_tcp_stream(host, port) as stream:
+                await stream.send_all(get("/debug", CLOSE))
+                with trio.fail_after(20):
+                    assert b" 200 " in b"".join([bytes(chunk) async for chunk in stream])
+        nursery.cancel_scope.cancel()

@@ -1,7 +1,7 @@
 """A real kube-apiserver over a real etcd, on loopback, for tests; `make kube` builds it.
 
-AMBIT_KUBECONFIG names a cluster to use instead (its current context; the tests write into
-namespaces of their own). What needs to restart the server is not run against that.
+AMBIT_KUBECONFIG names a cluster to use instead (its current context): an empty one, because the
+mesh is installed into it and taken out again. What needs to restart the server is not run there.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CACHE = ROOT / ".cache" / "kube"
 BINARY = CACHE / "apiserver"
 GATEWAY_API = CACHE / "gateway-api"
 ADMIN = "admin-of-the-tests"
+GIVEN = os.environ.get("AMBIT_KUBECONFIG", "")
 ISSUER = "https://kubernetes.default.svc"
 
 
@@ -52,9 +53,12 @@ class Failed(Exception):
 class KubeServer:
     """The two processes, and a plain client of its own, so that ours is not tested by itself."""
 
+    is_given = False
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.port, self.etcd_port = free_port(), free_port()
+        self.url = f"https://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.etcd: subprocess.Popen[bytes] | None = None
         authority = trustme.CA()
@@ -189,14 +193,16 @@ class KubeServer:
                 time.sleep(0.2)
 
     def _request(self, method: str, path: str, body: Any, token: str, content: str) -> Any:
+        token, context = self._credentials(token)
+        bearer = {"Authorization": f"Bearer {token}"} if token else {}
         request = urllib.request.Request(
-            f"https://127.0.0.1:{self.port}{path}",
+            f"{self.url}{path}",
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {token}", "Content-Type": content},
+            headers={**bearer, "Content-Type": content},
         )
         try:
-            with urllib.request.urlopen(request, context=self._context, timeout=30) as answer:
+            with urllib.request.urlopen(request, context=context, timeout=30) as answer:
                 data = answer.read()
         except urllib.error.HTTPError as exc:
             with exc:
@@ -205,6 +211,10 @@ class KubeServer:
             return json.loads(data)
         except ValueError:
             return data.decode()
+
+    def _credentials(self, token: str) -> tuple[str, ssl.SSLContext]:
+        """What to say who we are with."""
+        return token, self._context
 
     def apply(self, obj: Mapping[str, Any]) -> Any:
         """Server-side apply with kubectl's field manager, by path made from the object."""
@@ -253,7 +263,7 @@ class KubeServer:
         """A kubeconfig of whoever has `token`."""
         path = self.directory / f"{name}.kubeconfig"
         cluster = {
-            "server": f"https://127.0.0.1:{self.port}",
+            "server": self.url,
             "certificate-authority": str(self.directory / "ca.pem"),
         }
         content = {
@@ -308,7 +318,14 @@ def path_of(obj: Mapping[str, Any]) -> str:
 
 @contextmanager
 def running_kube(directory: Path) -> Iterator[KubeServer]:
-    """An API server of its own. Skips the test if none has been built."""
+    """An API server of its own, or the cluster of AMBIT_KUBECONFIG. Skips the test if there is
+    neither.
+    """
+    if GIVEN:
+        from tests.support.kube_given import GivenCluster
+
+        yield GivenCluster(directory, Path(GIVEN))
+        return
     if not BINARY.exists():
         pytest.skip("no kube-apiserver has been built: make kube")
     server = KubeServer(directory)

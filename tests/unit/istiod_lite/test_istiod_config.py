@@ -36,7 +36,6 @@ def test_defaults():
     assert found.token_audiences == ("istio-ca",)
     # Nobody may ask for others' certificates unless it is said who.
     assert found.ca_trusted_node_accounts == ()
-    assert found.serves_debug
     assert found.serving_names()[:2] == (
         "istiod.istio-system.svc",
         "istiod.istio-system.svc.cluster.local",
@@ -58,7 +57,16 @@ def test_all_of_it():
     assert found.serving_names()[0] == "istiod.root.svc"
     assert {"a.b", "10.0.0.1"} <= set(found.serving_names())
     assert found.ca_trusted_node_accounts == ("root/ztunnel", "x/y")
-    assert not found.serves_debug
+
+
+def test_what_waypoints_are_told_of_traces():
+    found = config(
+        WAYPOINT_TRACES="OTEL_EXPORTER_OTLP_ENDPOINT=http%3A%2F%2Fc,OTEL_TRACES_SAMPLER=x"
+    )
+    assert found.waypoints().traces == (
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c"),
+        ("OTEL_TRACES_SAMPLER", "x"),
+    )
 
 
 def test_on_kubernetes_only_the_keys_need_a_place():
@@ -74,6 +82,7 @@ def test_on_kubernetes_only_the_keys_need_a_place():
         ({"CLUSTER_SOURCE": "kubernetes"}, "cluster_dir"),
         ({"CLUSTER_SOURCE": "etcd"}, "CLUSTER_SOURCE"),
         ({"CA_SECRET": "authority"}, "ca_secret|CA_SECRET"),
+        ({"LEASE_DURATION_SECONDS": "1"}, "LEASE_DURATION_SECONDS"),
     ],
 )
 def test_a_directory_is_not_kubernetes(wrong, named):
@@ -102,6 +111,9 @@ def test_required(missing):
         ("CA_TRUSTED_NODE_ACCOUNTS", "/b"),
         ("TOKEN_AUDIENCES", ""),
         ("TERMINATION_DRAIN_DURATION_SECONDS", "-1"),
+        ("WAYPOINT_TRACES", "http://c"),
+        ("WAYPOINT_TRACES", "PATH=/bin"),
+        ("WAYPOINT_TRACES", "OTEL_EXPORTER_OTLP_HEADERS=key%3Dsecret"),
     ],
 )
 def test_refused(variable, value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -50,6 +51,17 @@ def test_what_a_waypoint_consists_of():
     assert variables["GATEWAY_NAME"]["value"] == "wp"
     assert variables["INSTANCE_IP"]["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
     assert template["spec"]["serviceAccountName"] == "wp"
+
+
+def test_variables_of_traces_follow_the_address_that_they_name():
+    told = (("OTEL_EXPORTER_OTLP_ENDPOINT", "http://$(HOST_IP):4318"),)
+    deployment = next(
+        each for each in desired(WP, replace(SETTINGS, traces=told)) if each["kind"] == "Deployment"
+    )
+    names = [
+        each["name"] for each in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    ]
+    assert names[-2:] == ["HOST_IP", "OTEL_EXPORTER_OTLP_ENDPOINT"]
 
 
 def test_it_is_what_a_cluster_would_take():

@@ -149,7 +149,7 @@ class Lab(LabClient):
 
 
 def run(monkeypatch: pytest.MonkeyPatch, bodies: dict[str, Any], *argv: str) -> Any:
-    monkeypatch.setattr(inspect, "lab_client", lambda name: Lab(bodies))
+    monkeypatch.setattr(inspect, "mesh_client", lambda where: Lab(bodies))
     return CliRunner().invoke(ambit, argv)
 
 

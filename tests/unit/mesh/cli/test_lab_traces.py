@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.cli.lab import collector_outside, trace_variables
+from mesh.cli.lab import collector_outside, trace_variables, waypoint_traces
 from mesh.errors import ConfigError
 
 ENVIRON = {
@@ -37,6 +37,21 @@ def test_the_callers_variables_and_the_flag_before_them() -> None:
 )
 def test_only_loopback_is_outside(endpoint: str, outside: tuple[str, int] | None) -> None:
     assert collector_outside({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}) == outside
+
+
+def test_waypoints_come_by_their_nodes_address_and_get_no_secret() -> None:
+    told = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318/x",
+        "OTEL_EXPORTER_OTLP_HEADERS": "key=secret",
+        "OTEL_TRACES_SAMPLER": "always_on",
+    }
+    assert waypoint_traces(told, ("localhost", 4318)) == (
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http%3A%2F%2F%24%28HOST_IP%29%3A4318%2Fx"
+        ",OTEL_TRACES_SAMPLER=always_on"
+    )
+    assert waypoint_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:1"}, None) == (
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http%3A%2F%2Fc%3A1"
+    )
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4318", "ftp://localhost", "http://[::", "x"])

@@ -111,6 +111,19 @@ def test_certificates():
     ]
 
 
+def test_a_certificate_that_is_being_issued_needs_no_attention(capsys):
+    waiting = leaf(valid=None, state="Initializing", not_after=None)
+    found = report(certificates=[leaf(), waiting])
+    assert found["attention"] == []
+    assert (found["certificates"]["valid"], found["certificates"]["pending"]) == (1, 1)
+    status._show(found, everything=False)
+    assert "certificates: 1 valid, 1 being issued" in capsys.readouterr().out
+    refused = {**waiting, "state": "Unavailable", "error": "no such pod"}
+    assert messages(report(certificates=[refused])) == [
+        "spiffe://td/ns/a/sa/b no valid certificate: no such pod"
+    ]
+
+
 def test_waypoints_and_conditions(capsys):
     programmed = {"type": "Programmed", "status": "False", "reason": "Pending", "message": "0 of 1"}
     gateway = {

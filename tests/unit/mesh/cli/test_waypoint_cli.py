@@ -90,7 +90,7 @@ def test_another_waypoint_of_the_namespace_is_not_replaced_unasked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = Objects(_namespace(use_waypoint="old"))
-    monkeypatch.setattr(waypoint, "lab_client", lambda name: objects)
+    monkeypatch.setattr(waypoint, "mesh_client", lambda where: objects)
     done = run("waypoint", "apply", "-n", "shop", "--enroll-namespace")
     assert done.exit_code == 2
     assert "uses waypoint old already" in done.stderr
@@ -104,7 +104,7 @@ def test_another_waypoint_of_the_namespace_is_not_replaced_unasked(
 
 def test_what_is_not_there_is_told_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
     there = waypoint.gateway("shop", "l7", None, "")
-    monkeypatch.setattr(waypoint, "lab_client", lambda name: Objects(_namespace(), there))
+    monkeypatch.setattr(waypoint, "mesh_client", lambda where: Objects(_namespace(), there))
     done = run("waypoint", "delete", "-n", "shop", "other")
     assert done.exit_code == 3
     assert "there are: l7" in done.stderr
@@ -126,8 +126,8 @@ def test_waiting_ends_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(
         waypoint,
-        "lab_client",
-        lambda name: Objects(_namespace(), {**there, "status": {"conditions": [why]}}),
+        "mesh_client",
+        lambda where: Objects(_namespace(), {**there, "status": {"conditions": [why]}}),
     )
     done = run("waypoint", "status", "-n", "shop", "l7", "--waypoint-timeout", "0.3")
     assert done.exit_code == 4
