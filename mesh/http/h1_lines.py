@@ -25,7 +25,7 @@ HOP_BY_HOP: Final = frozenset(
 # Applications behind CGI-like interfaces cannot tell these from the real ones.
 DISGUISED: Final = frozenset({b"content_length", b"transfer_encoding"})
 _SPECIAL_NAMES: Final = HOP_BY_HOP | DISGUISED | {b"host", b"expect"}
-_NOT_KEPT: Final = frozenset(
+NOT_KEPT: Final = frozenset(
     {b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"x-api-key",
      b"x-request-id", b"traceparent", b"tracestate", b"b3", b"x-b3-traceid", b"x-b3-spanid",
      b"x-b3-parentspanid"}
@@ -49,7 +49,7 @@ def read(line: bytes) -> Line:
     pair = (name, value.strip(b" \t"))
     mark = SPECIAL if name in _SPECIAL_NAMES else LENGTH if name == b"content-length" else 0
     found = pair, b"%b: %b\r\n" % pair, mark
-    if len(line) <= _LONGEST_LINE and name not in _NOT_KEPT:
+    if len(line) <= _LONGEST_LINE and name not in NOT_KEPT:
         if len(known) >= _MOST_LINES:
             known.clear()
         known[line] = found
