@@ -49,6 +49,7 @@ from mesh.xds.translate import ADDRESS_TYPE, TRAFFIC_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
 from waypoint.counters import Counters
+from waypoint.filters.rate_limit.stores import Stores
 from waypoint.filters.redact.audit import open_audit
 from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
@@ -79,7 +80,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
         lambda each: fetch_certificate(authority.open, each, ttl, impersonate=False)
     )
     keys = key_reader(config.redaction_keys)
-    assembly = Assembly(_now, random.Random(), read_key=keys)  # noqa: S311 - draws faults, guards nothing
+    stores = Stores(config.rate_limit_credentials, registry)
+    assembly = Assembly(_now, random.Random(), read_key=keys, stores=stores)  # noqa: S311 - draws faults, guards nothing
     store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:
@@ -103,6 +105,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             if audit is not None:
                 start(audit.run)
             start(metrics.watch_loop_lag, registry)
+            start(stores.run)
             start(proxy.upstreams.sweep, config.idle_seconds)
             start(inbounds.watch)
             has_state = trio.Event()
