@@ -49,6 +49,8 @@ from mesh.xds.translate import ADDRESS_TYPE, TRAFFIC_TYPE
 from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
 from waypoint.counters import Counters
+from waypoint.explain import Explainer
+from waypoint.filters.rate_limit.stores import Stores
 from waypoint.filters.redact.audit import open_audit
 from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
@@ -79,7 +81,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
         lambda each: fetch_certificate(authority.open, each, ttl, impersonate=False)
     )
     keys = key_reader(config.redaction_keys)
-    assembly = Assembly(_now, random.Random(), read_key=keys)  # noqa: S311 - draws faults, guards nothing
+    stores = Stores(config.rate_limit_credentials, registry)
+    assembly = Assembly(_now, random.Random(), read_key=keys, stores=stores)  # noqa: S311 - draws faults, guards nothing
     store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:
@@ -93,7 +96,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             pages = (
                 (config.readiness_address, readiness_app(readiness)),
                 (config.stats_address, metrics_app(registry)),
-                (config.admin_address, _admin(proxy, shutdown)),
+                (config.admin_address, _admin(proxy, inbounds, shutdown)),
             )
             await nursery.start(_serve_pages, pages, nursery)
             for task in (reactor.run, proxy.timers.run, access.run, secrets.run):
@@ -103,6 +106,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             if audit is not None:
                 start(audit.run)
             start(metrics.watch_loop_lag, registry)
+            start(stores.run)
             start(proxy.upstreams.sweep, config.idle_seconds)
             start(inbounds.watch)
             has_state = trio.Event()
@@ -261,7 +265,7 @@ def _listen(address: str) -> list[socket.socket]:
     return listeners
 
 
-def _admin(proxy: Proxy, shutdown: Shutdown) -> AdminApp:
+def _admin(proxy: Proxy, inbounds: Inbounds, shutdown: Shutdown) -> AdminApp:
     app = admin_app("waypoint", shutdown)
 
     async def config_dump(_: Request) -> Response:
@@ -285,6 +289,7 @@ def _admin(proxy: Proxy, shutdown: Shutdown) -> AdminApp:
         return Response(200, "application/json", json.dumps(body, indent=2).encode())
 
     app.route("/config_dump", config_dump)
+    Explainer(proxy, inbounds.own).add_to(app)
     return app
 
 

@@ -37,6 +37,7 @@ from waypoint.transport import Transport, TunnelTransport
 
 if TYPE_CHECKING:
     from waypoint.proxy import Proxy
+    from waypoint.record import Told
 
 _log = log.get("inbound")
 _HTTP = frozenset({AppProtocol.HTTP11, AppProtocol.HTTP2, AppProtocol.GRPC})
@@ -82,6 +83,7 @@ class Inbound:
         self.active = 0
         self.connections: set[Drainable] = set()
         self.pipes: set[Judged] = set()
+        self.told: Told | None = None
         self._traffic: Traffic | None = None
         self._version = -1
 
@@ -131,7 +133,7 @@ class Inbounds:
         self._proxy = proxy
         config = proxy.config
         hostname = f"{config.gateway_name}.{config.pod_namespace}.svc.{config.cluster_domain}"
-        self._own = Own(
+        self.own = Own(
             NamespacedHostname(config.pod_namespace, hostname),
             config.network,
             config.instance_ip,
@@ -195,7 +197,7 @@ class Inbounds:
     def _on_tunnel(self, tunnel: Tunnel) -> None:
         proxy = self._proxy
         namespace = tunnel.connection.peer.namespace
-        target = plan_tunnel(parse_authority(tunnel.head.authority), namespace, self._own,
+        target = plan_tunnel(parse_authority(tunnel.head.authority), namespace, self.own,
                              proxy.store)  # fmt: skip
         if isinstance(target, Refusal):
             tunnel.refuse(target.http_status)

@@ -42,6 +42,16 @@ class Random(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Chance that has been drawn already."""
+
+    value: float
+
+    def random(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Answered here."""
 
@@ -166,6 +176,11 @@ class _Rule:
         if len(self._outcomes) == 1:
             return self._outcomes[0]
         return self._outcomes[bisect.bisect_right(self._cumulative, rng.random() * self._total)]
+
+    def draws(self) -> list[tuple[float, float]]:
+        """A number of chance for each backend that it may choose, and that backend's share."""
+        ends = [each / self._total for each in self._cumulative] or [1.0]
+        return [((low + high) / 2, high - low) for low, high in itertools.pairwise([0.0, *ends])]
 
 
 def _because(reason: str) -> Respond:
@@ -297,6 +312,22 @@ class Routes:
             chosen = backends[bisect.bisect_right(total, rng.random() * total[-1])]
             return None if chosen.problem else chosen
         return None
+
+    def ways(self, request: Request, namespace: str) -> list[tuple[Plan, float]]:
+        """Every plan that `plan` may make of the request, with its share of 1."""
+        table = self._table(request.destination_port, namespace) if self._routes else None
+        rule = table.find(request) if table is not None else None
+        if rule is None:
+            return [(self.plan(request, namespace, _Drawn(0.0)), 1.0)]
+        found: list[tuple[Plan, float]] = []
+        for drawn, share in rule.draws():
+            plan = self.plan(request, namespace, _Drawn(drawn))
+            known = next((index for index, each in enumerate(found) if each[0] == plan), None)
+            if known is None:
+                found.append((plan, share))
+            else:
+                found[known] = (plan, found[known][1] + share)
+        return found
 
     def _default(self, port: int) -> Forward:
         default = self._defaults.get(port)

@@ -19,8 +19,8 @@ from mesh.errors import ConfigError, Refusal, RemoteProtocolError
 from mesh.hbone.head import parse_authority
 from mesh.identity import SpiffeId
 from mesh.model.balancing import target_port
-from mesh.model.service import Service
-from mesh.model.workload import NetworkAddress, TunnelProtocol, Workload, WorkloadStatus
+from mesh.model.shown import show_endpoint, show_service, show_workload
+from mesh.model.workload import NetworkAddress, Workload
 from mesh.runtime.admin import AdminApp, Request, Response
 from mesh.sockets import SocketAddress
 from ztunnel.dns_plan import CLASS_IN, TYPE_A, TYPE_AAAA, Question, plan_answer
@@ -157,7 +157,7 @@ class Explainer:
         """The workload, and whether this proxy is the one that serves its pod."""
         return {
             "node": self._node.config.node_name,
-            "workload": _plain(workload),
+            "workload": show_workload(workload),
             "captured": self._is_captured(workload),
             "certificate": next(
                 (
@@ -204,15 +204,15 @@ class Explainer:
         service = store.service_by_vip(address, source.namespace)
         found: dict[str, Any] = {
             "address": str(target),
-            "workload": _plain(workload) if workload else None,
-            "service": _service(service),
+            "workload": show_workload(workload) if workload else None,
+            "service": show_service(service),
             "endpoints": [],
         }
         if workload is not None:
-            found["endpoints"] = [_endpoint(workload, target.port)]
+            found["endpoints"] = [show_endpoint(workload, target.port)]
         elif service is not None:
             found["endpoints"] = [
-                _endpoint(each.workload, target_port(service, each, target.port))
+                show_endpoint(each.workload, target_port(service, each, target.port))
                 for each in store.endpoints(service.key)
             ]
         return found
@@ -241,8 +241,8 @@ def _outbound(plan: OutboundPlan) -> dict[str, Any]:
         "nextHopIp": "" if plan.next_hop.is_hostname else plan.next_hop.host,
         "authority": plan.authority,
         "expected": sorted(str(each) for each in plan.expected),
-        "workload": _plain(plan.workload) if plan.workload else None,
-        "service": _service(plan.service),
+        "workload": show_workload(plan.workload) if plan.workload else None,
+        "service": show_service(plan.service),
         "viaWaypoint": plan.is_via_waypoint,
     }
 
@@ -268,29 +268,6 @@ def _refusal(refusal: Refusal) -> dict[str, Any]:
         "reason": refusal.reason,
         "hint": refusal.hint,
     }
-
-
-def _plain(workload: Workload) -> dict[str, Any]:
-    return {
-        "uid": workload.uid,
-        "name": workload.name,
-        "namespace": workload.namespace,
-        "node": workload.node,
-        "addresses": list(workload.addresses),
-        "identity": str(workload.identity),
-        "protocol": "HBONE" if workload.tunnel_protocol is TunnelProtocol.HBONE else "TCP",
-        "healthy": workload.status is WorkloadStatus.HEALTHY,
-    }
-
-
-def _service(service: Service | None) -> dict[str, Any] | None:
-    if service is None:
-        return None
-    return {"name": service.name, "namespace": service.namespace, "hostname": service.hostname}
-
-
-def _endpoint(workload: Workload, port: int | None) -> dict[str, Any]:
-    return {"workload": _plain(workload), "port": port}
 
 
 def _ip(request: Request, name: str) -> str:

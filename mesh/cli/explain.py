@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -14,19 +14,42 @@ from mesh.cli import meant, ways, written
 from mesh.cli.choose import MeshClient, Where, mesh_client, where_options
 from mesh.cli.inspect import read_dump
 from mesh.cli.output import FAILED, emit, errors, output_option, say
-from mesh.errors import Unavailable
+from mesh.errors import ConfigError, Unavailable
+
+#: Objects behind the filters of a waypoint.
+_KINDS = {
+    "AuthorizationPolicy": "AuthorizationPolicy",
+    "RequestAuthentication": "RequestAuthentication",
+    "RateLimitPolicy": "RateLimitPolicy",
+    "redaction": "RedactionPolicy",
+}
 
 
 @click.command()
 @where_options
 @output_option
+@click.option("--method", metavar="METHOD", help="Of a request; GET if only others are given.")
+@click.option("--path", metavar="PATH", help="Of a request, with its query; / if not given.")
+@click.option("-H", "--header", "headers", multiple=True, metavar="'NAME: VALUE'",
+              help="A header of a request; may be given several times.")  # fmt: skip
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST[:PORT]")
-def explain(where: Where, form: str, source: str, destination: str) -> None:
+def explain(
+    where: Where,
+    form: str,
+    method: str | None,
+    path: str | None,
+    headers: tuple[str, ...],
+    source: str,
+    destination: str,
+) -> None:
     """Say what happens to a connection from SRC to DST, hop by hop, and which rule decides.
 
+    With --method, --path or --header it says what happens to that HTTP request: a waypoint on the
+    way tells its route and rule, every policy, limit and redaction, and the backend.
+
     SRC is pod/NAME.NAMESPACE, NAMESPACE/NAME or a pod's address; DST one of these,
-    svc/NAME.NAMESPACE, any address, or a host name. The node proxies answer, by what they hold now;
+    svc/NAME.NAMESPACE, any address, or a host name. The proxies answer, by what they hold now;
     nothing is sent.
     Exit 0 if the connection is carried, 1 if it is not.
 
@@ -35,11 +58,17 @@ def explain(where: Where, form: str, source: str, destination: str) -> None:
       ambit explain shop/reader svc/web.shop:80
       ambit explain pod/reader.shop 10.96.1.4:443 -o json
       ambit explain outside/prober web.shop:9000
+      ambit explain shop/reader web.shop --method POST --path /orders -H 'x-user: ann'
     """
     with errors():
         client = mesh_client(where)
-        report = _report(client, source, destination)
+        is_request = method is not None or path is not None or bool(headers)
+        request = read_request(method, path, headers) if is_request else None
+        report = _report(client, source, destination, request)
         _add_places(client, report)
+        is_seen = any(hop["kind"] == "waypoint" for way in report["ways"] for hop in way["hops"])
+        if request is not None and not is_seen:
+            say("no waypoint is on the way: nobody looks at the request, only at the connection")
     if form in ("json", "yaml"):
         emit(report, form)
     else:
@@ -48,7 +77,26 @@ def explain(where: Where, form: str, source: str, destination: str) -> None:
     sys.exit(0 if report["result"] in ways.CARRIED else FAILED)
 
 
-def _report(client: MeshClient, source: str, destination: str) -> dict[str, Any]:
+def read_request(method: str | None, path: str | None, headers: Sequence[str]) -> dict[str, str]:
+    """What a waypoint is asked about; `host` is empty if no header gives it. Raises ConfigError."""
+    host, lines = "", []
+    for each in headers:
+        name, colon, value = (part.strip() for part in each.partition(":"))
+        if not colon or not name or not each.isprintable():
+            raise ConfigError(f"not a header: {each[:80]!r}", hint="write 'name: value'")
+        if name.lower() == "host":
+            host = value
+        else:
+            lines.append(f"{name}: {value}")
+    told = {"method": method or "GET", "path": path or "/", "host": host}
+    if any(not text.isprintable() or " " in text for text in told.values()):
+        raise ConfigError("not a request: a space or a control character", field="path")
+    return told | {"headers": "\n".join(lines)}
+
+
+def _report(
+    client: MeshClient, source: str, destination: str, request: dict[str, str] | None
+) -> dict[str, Any]:
     """Raises ConfigError, NotFound, Unavailable."""
     from_, to = meant.parse(source), meant.parse(destination)
     dumps: dict[str, Any] = {}
@@ -74,7 +122,12 @@ def _report(client: MeshClient, source: str, destination: str) -> dict[str, Any]
         return _ask(client, where, path, query)
 
     row = {"uid": workload["uid"], "node": node}
-    return dict(ways.explain(ask, row, target, frozenset(dumps)))
+    if request is not None and not request["host"]:
+        host = target.get("host") or target["ip"]
+        host = f"[{host}]" if ":" in host else host
+        port = target["port"]
+        request = request | {"host": host if port == "80" else f"{host}:{port}"}
+    return dict(ways.explain(ask, row, target, frozenset(dumps), request))
 
 
 def _target(dumps: meant.Dumps, to: meant.Meant) -> dict[str, str]:
@@ -120,6 +173,8 @@ def _add_places(client: MeshClient, report: dict[str, Any]) -> None:
 
     for way in report["ways"]:
         for hop in way["hops"]:
+            if "outcome" in hop:
+                _add_l7_places(get, hop)
             verdict = hop.get("verdict")
             if not verdict or not verdict.get("policy"):
                 continue
@@ -135,3 +190,14 @@ def _add_places(client: MeshClient, report: dict[str, Any]) -> None:
             verdict["places"] = [
                 place for key, rule in keys for place in written.places(get, key, rule, namespace)
             ]
+
+
+def _add_l7_places(get: written.Get, hop: dict[str, Any]) -> None:
+    """Where a waypoint's route and deciding policies are written."""
+    route = hop["route"]
+    if route is not None:
+        hop["places"] = written.rule_places(get, route["kind"], route["name"], route["rule"])
+    for step in hop["steps"]:
+        if step["policy"] and step["filter"] in _KINDS:
+            kind = _KINDS[step["filter"]]
+            step["places"] = written.rule_places(get, kind, step["policy"], step["rule"])

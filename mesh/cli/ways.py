@@ -7,8 +7,11 @@ order, put together, and written out for a person.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
+
+from mesh.cli import ways_l7
 
 #: Asks a node's proxy: (node, path, query) -> its answer.
 Ask: TypeAlias = Callable[[str, str, Mapping[str, str]], Mapping[str, Any]]
@@ -17,13 +20,20 @@ Way: TypeAlias = dict[str, Any]
 Answer: TypeAlias = Mapping[str, Any]
 
 #: Results with which the connection gets to where it wanted to go.
-CARRIED = frozenset({"allowed", "passthrough", "depends"})
-_MARKS = {"allowed": "ALLOWED", "passthrough": "PASSED THROUGH", "depends": "DEPENDS"}
+CARRIED = frozenset({"allowed", "answered", "passthrough", "depends"})
+_MARKS = {"passthrough": "PASSED THROUGH"}
 
 
-def explain(ask: Ask, source: Answer, target: Mapping[str, str], nodes: frozenset[str]) -> Answer:
+def explain(
+    ask: Ask,
+    source: Answer,
+    target: Mapping[str, str],
+    nodes: frozenset[str],
+    request: Mapping[str, str] | None = None,
+) -> Answer:
     """The whole answer. `source` is a workload (uid, node, name, namespace); `target` has `port`
-    and `ip` or `host`; `nodes` have a proxy that can be asked. Raises MeshError.
+    and `ip` or `host`; `nodes` have a proxy that can be asked. `request` (method, path, host,
+    headers) is what a waypoint on the way is asked about. Raises MeshError.
     """
     answer = ask(str(source["node"]), "/explain/outbound", {"workload": source["uid"], **target})
     first: list[Hop] = []
@@ -39,7 +49,7 @@ def explain(ask: Ask, source: Answer, target: Mapping[str, str], nodes: frozense
         )
     ways = [
         {"result": result, "reason": reason, "hops": [*first, *hops]}
-        for result, reason, hops in _Asker(ask, answer, nodes).ways()
+        for result, reason, hops in _Asker(ask, answer, nodes, request).ways()
     ]
     results = {each["result"] for each in ways}
     told = {(each["result"], each["reason"]) for each in ways}
@@ -58,7 +68,14 @@ _Result: TypeAlias = tuple[str, str, list[Hop]]
 
 
 class _Asker:
-    def __init__(self, ask: Ask, answer: Answer, nodes: frozenset[str]) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        answer: Answer,
+        nodes: frozenset[str],
+        request: Mapping[str, str] | None,
+    ) -> None:
+        self._request = request
         self._ask = ask
         self._answer = answer
         self._source = answer["workload"]
@@ -126,7 +143,7 @@ class _Asker:
             return
         workload = plan["workload"]
         if plan["viaWaypoint"]:
-            yield from self._behind_waypoint(workload, [hop])
+            yield from self._behind_waypoint(workload, plan, [hop])
         elif workload is None:
             yield "passthrough", "the destination is not in the mesh", [hop]
         elif plan["protocol"] == "HBONE":
@@ -135,13 +152,43 @@ class _Asker:
             port = int(plan["nextHop"].rpartition(":")[2])
             yield self._plain(workload, port, [hop])
 
-    def _behind_waypoint(self, waypoint: Answer, hops: list[Hop]) -> Iterator[_Result]:
-        """What the waypoint decides by HTTP is not known here; what follows it is asked."""
-        hops.append({"kind": "waypoint", "node": waypoint["node"], "workload": waypoint})
-        ready = [e for e in self._answer["destination"]["endpoints"] if e["workload"]["healthy"]]
+    def _behind_waypoint(
+        self, waypoint: Answer, plan: Answer, hops: list[Hop]
+    ) -> Iterator[_Result]:
+        """The waypoint is asked what it does with the request; what follows it is asked too."""
+        destination = self._answer["destination"]
+        service = destination["service"]
+        host = service["hostname"] if service is not None else ""
+        if self._request is not None:
+            authority = plan["authority"]
+            said = ways_l7.ask_waypoint(self._ask, waypoint, self._source, authority, self._request)
+            for way in said["ways"]:
+                here = [*hops, ways_l7.make_hop(waypoint, way)]
+                end = ways_l7.ended(way)
+                if end is not None:
+                    yield *end, here
+                    continue
+                to = way["backend"]["service"].partition("/")[2] or host
+                for result, reason, told in self._go_on(waypoint, way["endpoints"], to, here):
+                    if result == "allowed":
+                        result = "allowed" if way["outcome"] == "forward" else "depends"
+                        reason = ways_l7.reason_of(way)
+                    yield result, reason, told
+            return
+        here = [*hops, ways_l7.make_hop(waypoint)]
+        ready = [each for each in destination["endpoints"] if each["workload"]["healthy"]]
         if not ready:
-            yield "refused", "no ready endpoint behind the waypoint", hops
-        for each in ready:
+            yield "refused", "no ready endpoint behind the waypoint", here
+        for result, reason, told in self._go_on(waypoint, ready, host, here):
+            if result in CARRIED:
+                result, reason = "depends", "the waypoint decides, by what the request says"
+            yield result, reason, told
+
+    def _go_on(
+        self, waypoint: Answer, endpoints: list[Answer], host: str, hops: list[Hop]
+    ) -> Iterator[_Result]:
+        """From a waypoint to endpoints of the service `host`."""
+        for each in endpoints:
             workload, port = each["workload"], each["port"]
             if workload["protocol"] == "HBONE":
                 ip = _same_family(workload["addresses"], hops[0]["nextHopIp"])
@@ -150,16 +197,21 @@ class _Asker:
                     "authority": f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}",
                     "expected": [workload["identity"]],
                 }
-                result, reason, told = self._tunnel(waypoint, workload, plan, hops)
+                yield self._tunnel(waypoint, workload, plan, hops, host=host)
             else:
-                result, reason, told = self._plain(workload, port, hops, source=waypoint)
-            if result in CARRIED:
-                result, reason = "depends", "the waypoint decides, by what the request says"
-            yield result, reason, told
+                yield self._plain(workload, port, hops, source=waypoint)
 
     # -- the destination
 
-    def _tunnel(self, source: Answer, workload: Answer, plan: Answer, hops: list[Hop]) -> _Result:
+    def _tunnel(
+        self,
+        source: Answer,
+        workload: Answer,
+        plan: Answer,
+        hops: list[Hop],
+        *,
+        host: str = "",
+    ) -> _Result:
         ip = plan["nextHopIp"]
         query = {
             "workload": workload["uid"],
@@ -169,8 +221,8 @@ class _Asker:
             "authority": plan["authority"],
         }
         service = self._answer["destination"]["service"]
-        if service is not None:
-            query["host"] = service["hostname"]
+        if host or service is not None:
+            query["host"] = host or service["hostname"]
         answer = self._inbound(workload, query)
         if answer is None or not answer["captured"]:
             hop = _destination(workload, answer, "HBONE")
@@ -251,8 +303,12 @@ def lines(report: Answer, places: Callable[[Answer, Hop], list[str]]) -> Iterato
     if names:
         # The same for all ways, because it comes before them.
         yield from ("", f"  {next(_hop(report, names[0]))}")
+    before: list[Hop] = []
     for number, way in enumerate(ways, 1):
         hops = [hop for hop in way["hops"] if hop["kind"] != "dns"]
+        pairs = zip(hops, before, strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        before = hops
         if len(ways) > 1:
             yield from (
                 "",
@@ -260,7 +316,9 @@ def lines(report: Answer, places: Callable[[Answer, Hop], list[str]]) -> Iterato
             )
         elif hops and not names:
             yield ""
-        for hop in hops:
+        if shared:
+            yield f"  as way {number - 1} through {hops[shared - 1]['kind']}, then"
+        for hop in hops[shared:]:
             said = list(_hop(report, hop))
             if "verdict" in hop:
                 said += [f"at {place}" for place in places(report, hop)]
@@ -284,8 +342,7 @@ def _hop(report: Answer, hop: Hop) -> Iterator[str]:
         case "outbound":
             yield from _outbound(report, hop)
         case "waypoint":
-            yield f"waypoint  {_pod(hop['workload'])} on {hop['node']}: HTTP routes and policies"
-            yield f"goes on as {hop['workload']['identity']}"
+            yield from ways_l7.lines(hop)
         case _:
             yield from _inbound(hop)
 

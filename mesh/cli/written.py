@@ -48,6 +48,25 @@ def places(get: Get, key: str, rule: int | None, namespace: str) -> list[str]:
     return found
 
 
+def rule_places(get: Get, kind: str, key: str, rule: str | None) -> list[str]:
+    """`file:line` of an object that a waypoint named, at its rule: a name, or an index."""
+    namespace, _, name = key.partition("/")
+    found = []
+    for each in get(kind, namespace, name):
+        index = _index_of(each, rule) if rule else None
+        found.append(_named(kind, each, "" if index is None else f"spec.rules[{index}]"))
+    return found
+
+
+def _index_of(obj: dict[str, Any], rule: str) -> int | None:
+    """A rule's index: by its name, if one has it, else the number that it is."""
+    rules = (obj.get("spec") or {}).get("rules") or []
+    names = [each.get("name") if isinstance(each, dict) else None for each in rules]
+    if rule in names:
+        return names.index(rule)
+    return int(rule) if rule.isdecimal() and int(rule) < len(rules) else None
+
+
 def _written_index(obj: dict[str, Any], rule: int) -> int:
     """The rule as it is written: of an ALLOW the tunnel does not get rules that ask for HTTP."""
     try:

@@ -38,6 +38,7 @@ from mesh.lab.services import ClusterIps, plan_service
 SYSTEM_NAMESPACE = "istio-system"
 DEFAULT_NAMESPACES = ("default", "kube-system", SYSTEM_NAMESPACE)
 MANAGED_LABEL = "ambit.dev/lab"
+_NOT_COUNTED = frozenset({"apiVersion", "kind", "metadata", "status"})
 _UIDS = uuid.UUID("0d5c7a3e-52a7-5d0b-9c0a-7d7b0a3c9a52")
 
 
@@ -159,11 +160,18 @@ class Live:
         metadata = made["metadata"]
         metadata.setdefault("uid", str(uuid.uuid5(_UIDS, str(ref))))
         metadata.setdefault("creationTimestamp", wall_clock())
+        metadata["generation"] = 1
         await self.cluster.apply(made)
         self._put(ref, made)
 
     async def patch(self, ref: Ref, patch: Mapping[str, Any]) -> Object:
-        """Apply a merge patch; the object after it. Raises NotFound, ConfigError."""
+        """Apply a merge patch; the object after it, of a new generation if more than its metadata
+        and status changed. Raises NotFound, ConfigError.
+        """
+        live = self.objects.get(ref)
+        if live is not None and patch.keys() - _NOT_COUNTED:
+            generation = live["metadata"].get("generation", 0) + 1
+            patch = merge_patch(patch, {"metadata": {"generation": generation}})
         await self.cluster.patch(ref, patch)
         current = await self.cluster.get(ref)
         if current is None:

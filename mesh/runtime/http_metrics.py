@@ -44,7 +44,8 @@ LABELS: Final = (
     "connection_security_policy",
 )
 MILLISECONDS: Final = (0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0,
-                       5000.0, 10000.0, 30000.0, 60000.0)  # fmt: skip
+                       5000.0, 10000.0, 30000.0, 60000.0, 300000.0, 600000.0, 1800000.0,
+                       3600000.0)  # fmt: skip
 BYTES: Final = (100.0, 1000.0, 10000.0, 100000.0, 1000000.0, 10000000.0)
 MAX_SERIES: Final = 2000
 IDLE_SECONDS: Final = 900.0
@@ -53,8 +54,8 @@ IDLE_SECONDS: Final = 900.0
 class Series:
     """Counts of one set of labels."""
 
-    __slots__ = ("count", "last_used", "milliseconds", "received", "request_sizes",
-                 "response_sizes", "sent", "spent")  # fmt: skip
+    __slots__ = ("count", "is_forgotten", "last_used", "milliseconds", "received",
+                 "request_sizes", "response_sizes", "sent", "spent")  # fmt: skip
 
     def __init__(self) -> None:
         self.count = 0
@@ -64,6 +65,8 @@ class Series:
         self.request_sizes = [0] * (len(BYTES) + 1)
         self.response_sizes = [0] * (len(BYTES) + 1)
         self.last_used = 0.0
+        self.is_forgotten = False
+        """Nobody collects it any more: ask for the series again."""
 
     def add(self, milliseconds: float, received: int, sent: int, now: float) -> None:
         """One request: its time, and the bytes of both bodies."""
@@ -109,7 +112,7 @@ class HttpMetrics(Collector):
         """Forget series that nobody touched for long."""
         before = self._clock() - self._idle
         for values in [v for v, one in self._series.items() if one.last_used < before]:
-            del self._series[values]
+            self._series.pop(values).is_forgotten = True
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""

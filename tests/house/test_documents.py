@@ -43,6 +43,7 @@ def test_there_are_walks() -> None:
         "config-push",
         "certificates",
         "enrol-pod",
+        "l7-request",
     }
 
 

@@ -167,6 +167,80 @@ def test_strict_mode_is_traced_to_the_file_that_asks_for_it(lab: TestLab) -> Non
     eventually(denied, seconds=30)
 
 
+# A Service of its own has the waypoint: the others' connections stay as they are.
+L7 = """\
+apiVersion: v1
+kind: Service
+metadata: {name: front, namespace: shop, labels: {istio.io/use-waypoint: waypoint}}
+spec:
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: front, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: front, port: 80}]
+  rules:
+    - name: told-apart
+      matches: [{headers: [{name: x-new, value: "yes"}]}]
+      filters:
+        - {type: URLRewrite, urlRewrite: {path: {type: ReplaceFullPath, replaceFullPath: /new}}}
+      backendRefs: [{name: front, port: 80}]
+    - backendRefs: [{name: front, port: 80}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-admin, namespace: shop}
+spec:
+  targetRefs: [{group: "", kind: Service, name: front}]
+  action: DENY
+  rules:
+    - to: [{operation: {paths: ["/admin"]}}]
+"""
+STATUS = """
+import http.client, sys
+c = http.client.HTTPConnection("front.shop", 80, timeout=20)
+c.request("GET", sys.argv[1])
+print(c.getresponse().status)
+"""
+
+
+def test_a_request_through_a_waypoint(lab: TestLab) -> None:
+    say(lab, "nothing")
+    path = lab.directory / "95-l7.yaml"
+    path.write_text(L7)
+    applied = run(lab, "waypoint", "apply", "-n", "shop", "--wait")
+    assert applied.returncode == 0, applied.stderr
+
+    def explain(*argv: str) -> tuple[int, dict[str, Any]]:
+        done = run(lab, "explain", "shop/reader", "front.shop:80", "-o", "json", *argv)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout)
+
+    def denied() -> None:
+        code, report = explain("--path", "/admin")
+        assert (code, report["result"]) == (1, "denied"), report["reason"]
+        hop = next(each for each in report["ways"][0]["hops"] if each["kind"] == "waypoint")
+        step = next(each for each in hop["steps"] if each["filter"] == "AuthorizationPolicy")
+        where = f"{path}:28 (AuthorizationPolicy shop/no-admin, spec.rules[0])"
+        assert step["places"] == [where]
+        assert lab.python("shop/reader", STATUS, "/admin") == "403"
+
+    eventually(denied, seconds=60)
+    code, report = explain("-H", "x-new: yes", "--path", "/old?a=1")
+    assert (code, report["result"]) == (0, "allowed"), report["reason"]
+    hop = next(each for each in report["ways"][0]["hops"] if each["kind"] == "waypoint")
+    assert hop["places"] == [f"{path}:14 (HTTPRoute shop/front, spec.rules[0])"]
+    assert (hop["route"]["rule"], hop["sends"]["path"]) == ("told-apart", "/new")
+    assert lab.python("shop/reader", STATUS, "/") == "200"
+    text = run(lab, "explain", "shop/reader", "front.shop:80", "--path", "/").stdout
+    assert "HTTPRoute shop/front, rule 1" in text
+    # Who asks past the waypoint is told so.
+    done = run(lab, "explain", "outside/visitor", "front.shop:80", "--path", "/")
+    assert "no waypoint is on the way" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
@@ -174,6 +248,7 @@ def test_strict_mode_is_traced_to_the_file_that_asks_for_it(lab: TestLab) -> Non
         (("svc/web.shop", "web.shop:80"), 2, "shop/web is no pod"),
         (("shop/reader", "svc/web.shop"), 2, "its ports are 80, 9000"),
         (("shop/reader", "web.shop:eighty"), 2, "not a port"),
+        (("shop/reader", "web.shop:80", "-H", "nothing"), 2, "not a header"),
     ],
 )
 def test_mistakes(lab: TestLab, argv: tuple[str, str], code: int, said: str) -> None:

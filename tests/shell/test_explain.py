@@ -27,6 +27,15 @@ from mesh.model.authorization import (
     StringKind,
     StringMatch,
 )
+from mesh.model.l7_policy import (
+    L7Authorization,
+    L7Operation,
+    L7Rule,
+    RateLimitPolicy,
+    RateLimitRule,
+    TrafficConfig,
+)
+from mesh.model.route import Backend, Fault, Route, RouteFilter, RouteRule
 from mesh.model.service import Service, ServicePort, WeightedWaypoint
 from mesh.model.store import Store
 from mesh.model.workload import (
@@ -40,6 +49,11 @@ from mesh.model.workload import (
 from mesh.runtime.admin import AdminApp, Request
 from mesh.secrets import SecretManager
 from mesh.sockets import SocketAddress
+from waypoint.assemble import Assembly
+from waypoint.explain import Explainer as RequestExplainer
+from waypoint.proxy import Proxy
+from waypoint.target import Own
+from waypoint.traffic import TrafficStore
 from ztunnel.config import ZtunnelConfig
 from ztunnel.connections import Judges
 from ztunnel.dns_plan import Names
@@ -78,6 +92,13 @@ ONLY_CURL = Authorization(
             )
         ),
     ),
+)
+
+WAYPOINT_KEY = NamespacedHostname("shop", "waypoint.shop.svc.cluster.local")
+WAYPOINT = pod("waypoint", "10.0.0.5", services={str(WAYPOINT_KEY): {15008: 15008}})
+BEHIND = (
+    replace(WEB, waypoint=GatewayAddress(WAYPOINT_KEY, 15008)),
+    Service("waypoint", "shop", WAYPOINT_KEY.hostname, ports={15008: ServicePort(15008)}),
 )
 
 
@@ -131,9 +152,29 @@ class Mesh:
         assert response.status == 200, response.body
         return json.loads(response.body)
 
-    def explain(self, source: Workload, **target: str) -> Any:
+    def explain(
+        self, source: Workload, request: Mapping[str, str] | None = None, **target: str
+    ) -> Any:
         row = {"uid": source.uid, "node": source.node}
-        return ways.explain(self.ask, row, target, frozenset(self.apps))
+        return ways.explain(self.ask, row, target, frozenset({"n1", "n2"}), request)
+
+    def add_waypoint(self, *configs: TrafficConfig) -> None:
+        """Its page, over what this Store has, and `configs`."""
+        assembly = Assembly(lambda: 0.0, random.Random(1))
+        store = TrafficStore("shop/waypoint", assembly.make_filters, assembly.make_route_filter)
+        store.apply_addresses([*self.store.workloads(), *self.store.services()], [])
+        store.apply_traffic(configs, [])
+        proxy = SimpleNamespace(
+            config=SimpleNamespace(gateway="shop/waypoint"),
+            identity=WAYPOINT.identity,
+            store=store,
+            traffic=store,
+            now=lambda: 1.0,
+            own_workload=lambda: WAYPOINT,
+        )
+        app = self.apps["shop/waypoint"] = AdminApp()
+        own = Own(WAYPOINT_KEY, "", "10.0.0.5", store.has_config)
+        RequestExplainer(cast("Proxy", proxy), own).add_to(app)
 
     def text(self, source: Workload, **target: str) -> str:
         return "\n".join(ways.lines(self.explain(source, **target), lambda *_: ["web.yaml:7"]))
@@ -229,11 +270,7 @@ def test_ports_of_the_proxy_itself_are_refused_at_the_source() -> None:
 
 
 def test_behind_a_waypoint() -> None:
-    gateway = GatewayAddress(NamespacedHostname("shop", "waypoint.shop.svc.cluster.local"), 15008)
-    waypoint_host = "waypoint.shop.svc.cluster.local"
-    waypoint = pod("waypoint", "10.0.0.5", services={f"shop/{waypoint_host}": {15008: 15008}})
-    itself = Service("waypoint", "shop", waypoint_host, ports={15008: ServicePort(15008)})
-    mesh = Mesh(CURL, WEB_1, waypoint, services=(replace(WEB, waypoint=gateway), itself))
+    mesh = Mesh(CURL, WEB_1, WAYPOINT, services=BEHIND)
     mesh.captured.discard("waypoint")
     report = mesh.explain(CURL, host="web", port="80")
     assert report["result"] == "depends"
@@ -247,6 +284,85 @@ def test_behind_a_waypoint() -> None:
     mesh.store.apply_policies([ONLY_CURL], [])
     assert mesh.explain(CURL, host="web", port="80")["result"] == "denied"
     assert "goes on as spiffe://" in mesh.text(CURL, host="web", port="80")
+
+
+def asked(path: str, **more: str) -> dict[str, str]:
+    return {"method": "GET", "path": path, "host": "web", "headers": ""} | more
+
+
+NO_PUT = L7Authorization(
+    "shop", "no-put", "DENY", (L7Rule(operations=(L7Operation(methods=("PUT",)),)),)
+)
+SPLIT = Route(
+    "HTTPRoute",
+    "shop",
+    "split",
+    (
+        RouteRule(
+            "half",
+            backends=(Backend(f"shop/{HOST}", 80, 1), Backend("shop/gone.shop", 80, 1)),
+        ),
+    ),
+)
+SLOW = Route(
+    "HTTPRoute",
+    "shop",
+    "slow",
+    (
+        RouteRule(
+            filters=(RouteFilter(fault=Fault(abort_status=500, abort_percent=50.0)),),
+            backends=(Backend(f"shop/{HOST}", 80),),
+        ),
+    ),
+)
+
+
+def test_a_request_behind_a_waypoint() -> None:
+    mesh = Mesh(CURL, WEB_1, WAYPOINT, services=BEHIND)
+    mesh.captured.discard("waypoint")
+    everything = RateLimitPolicy("shop", "calm", (RateLimitRule("all", 3, 60.0),))
+    about: dict[str, Any] = {"authorizations": (NO_PUT,), "rate_limits": (everything,)}
+    mesh.add_waypoint(TrafficConfig("shop/waypoint", f"shop/{HOST}", **about))
+
+    report = mesh.explain(CURL, asked("/"), host="web", port="80")
+    assert (report["result"], report["reason"]) == (
+        "allowed",
+        f"no route: it goes to shop/{HOST}:80",
+    )
+    kinds = [hop["kind"] for hop in report["ways"][0]["hops"]]
+    assert kinds == ["dns", "outbound", "waypoint", "inbound"]
+    text = "\n".join(ways.lines(report, lambda *_: []))
+    assert "shop/calm all: 2 of 3 left in 60 s" in text
+    assert "AuthorizationPolicy: passes, no policy restricts it" in text
+
+    report = mesh.explain(CURL, asked("/", method="PUT"), host="web", port="80")
+    assert (report["result"], report["reason"]) == ("denied", "a DENY rule matches (403)")
+    text = "\n".join(ways.lines(report, lambda *_: []))
+    assert "AuthorizationPolicy: answers, a DENY rule matches, by shop/no-put rule 0" in text
+
+    # The endpoint's own proxy has its say about the waypoint.
+    mesh.store.apply_policies([ONLY_CURL], [])
+    assert mesh.explain(CURL, asked("/"), host="web", port="80")["result"] == "denied"
+
+
+def test_ways_of_a_route() -> None:
+    mesh = Mesh(CURL, WEB_1, WAYPOINT, services=BEHIND)
+    mesh.captured.discard("waypoint")
+    mesh.add_waypoint(TrafficConfig("shop/waypoint", f"shop/{HOST}", routes=(SPLIT,)))
+    report = mesh.explain(CURL, asked("/"), host="web", port="80")
+    assert [(each["result"], each["hops"][2]["share"]) for each in report["ways"]] == [
+        ("allowed", 0.5),
+        ("refused", 0.5),
+    ]
+    text = "\n".join(ways.lines(report, lambda *_: []))
+    assert "HTTPRoute shop/split, rule half, 50 % of requests" in text
+    assert "way 2 of 2\n  as way 1 through outbound, then\n  waypoint" in text
+    assert "service shop/gone.shop is not known" in text
+    mesh.add_waypoint(TrafficConfig("shop/waypoint", f"shop/{HOST}", routes=(SLOW,)))
+    report = mesh.explain(CURL, asked("/"), host="web", port="80")
+    assert report["result"] == "depends"
+    text = "\n".join(ways.lines(report, lambda *_: []))
+    assert "fault: may answer, 50 % are answered 500" in text
 
 
 def test_dry_run_is_told_and_not_obeyed() -> None:

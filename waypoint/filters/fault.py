@@ -24,13 +24,13 @@ class FaultFilter(PassingFilter):
     name = "fault"
 
     def __init__(self, fault: Fault, rng: Random) -> None:
-        self._fault = fault
+        self.fault = fault
         self._rng = rng
 
     def on_request(self, request: Request) -> Verdict:
         """Wait, abort, both or neither."""
         del request
-        fault = self._fault
+        fault = self.fault
         is_delayed = self._is_drawn(fault.delay_percent) and fault.delay_seconds > 0
         aborted: Respond | None = None
         if fault.abort_status and self._is_drawn(fault.abort_percent):

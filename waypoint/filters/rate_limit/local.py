@@ -43,6 +43,11 @@ class Buckets:
             self._full_at[key] = verdict.full_at
         return verdict
 
+    def peek(self, key: Key, now: float, rate: Rate, cost: int = 1) -> Verdict:
+        """What `hit` would say, with nothing taken; a newcomer when all is full is a stranger."""
+        is_stranger = key not in self._full_at and len(self._full_at) >= self._most
+        return hit(self._full_at.get(_STRANGERS if is_stranger else key, now), now, rate, cost)
+
     def _make_room(self, now: float) -> bool:
         oldest = [key for key, _ in zip(self._full_at, range(_LOOKED_AT), strict=False)]
         for key in oldest:
@@ -52,3 +57,20 @@ class Buckets:
                 # Looked at next time after the others.
                 self._full_at[key] = self._full_at.pop(key)
         return len(self._full_at) < self._most
+
+
+class Rehearsal(Buckets):
+    """Stands for the buckets of a rule where nothing may be taken; notes what was asked of it."""
+
+    __slots__ = ("_real", "asked")
+
+    def __init__(self, real: Buckets) -> None:
+        super().__init__()
+        self._real = real
+        self.asked: list[tuple[Key, Rate, Verdict]] = []
+
+    def hit(self, key: Key, now: float, rate: Rate, cost: int = 1) -> Verdict:
+        """What the real ones would say."""
+        verdict = self._real.peek(key, now, rate, cost)
+        self.asked.append((key, rate, verdict))
+        return verdict

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from mesh.cli.written import places
+from mesh.cli.explain import read_request
+from mesh.cli.written import places, rule_places
 from mesh.cluster.documents import read_documents
+from mesh.errors import ConfigError
 
 TEXT = """\
 # two objects
@@ -85,3 +87,51 @@ def test_what_is_not_in_a_file_any_more(file: Path) -> None:
     del objects.objects[0]["metadata"]["annotations"]
     (said,) = places(objects.get, "shop/web", 0, "shop")
     assert said == "AuthorizationPolicy shop/web, spec.rules[1] (applied by hand)"
+
+
+ROUTES = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: shop}
+spec:
+  rules:
+    - name: "7"
+    - backendRefs: []
+    - name: beta
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"), [("beta", 8), ("1", 7), ("7", 6), ("9", 1), ("gone", 1), ("", 1), (None, 1)]
+)
+def test_a_rule_by_its_name_or_number(tmp_path: Path, rule: str | None, line: int) -> None:
+    path = tmp_path / "routes.yaml"
+    path.write_text(ROUTES)
+    (place,) = rule_places(Objects(path).get, "HTTPRoute", "shop/web", rule)
+    assert place.startswith(f"{path}:{line} (HTTPRoute shop/web")
+    assert rule_places(Objects(path).get, "GRPCRoute", "shop/web", rule) == []
+
+
+def test_a_request_from_options() -> None:
+    assert read_request(None, "/a?b=1", ["Host: web", "x-a:1", "X-B: a b"]) == {
+        "method": "GET",
+        "path": "/a?b=1",
+        "host": "web",
+        "headers": "x-a: 1\nX-B: a b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("GET", "/", ["nothing"]),
+        ("GET", "/", [": x"]),
+        ("GET", "/", ["a: b\r\nc: d"]),
+        ("GET /x", "/", []),
+        ("GET", "/a b", []),
+        ("GET", "/\n", []),
+    ],
+)
+def test_what_is_no_request(method: str, path: str, headers: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        read_request(method, path, headers)
