@@ -35,6 +35,7 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
+from waypoint.filters.ext_authz import PLACE
 from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
@@ -222,6 +223,7 @@ class Exchange:
             self._scope = scope
             if self._done:
                 return
+            self.request.notes[PLACE] = self.inbound
             answer = await verdict.ask()
             self._scope = None
             if self._done:
