@@ -85,6 +85,8 @@ class ExternalAuthorization(PassingFilter):
                     raise Unavailable(f"it answers {response.status}")
             except Unavailable as error:
                 if provider.is_fail_open:
+                    # What the caller says under its names is no more the authorizer's word now.
+                    take(provider, Response(status=200), request)
                     continue
                 said = f"the external authorizer {provider.name} cannot be asked: {error}"
                 return _denial(provider.status_on_error, each.policy, each.rule, said)
