@@ -39,7 +39,7 @@ from istiod_lite.publisher import Publisher
 from istiod_lite.root_certificate import RootCertificate
 from istiod_lite.seat import Seat
 from istiod_lite.status_writer import StatusWriter
-from istiod_lite.waypoint_writer import WaypointWriter
+from istiod_lite.waypoint_writer import FIELD_MANAGER, WaypointWriter
 from mesh import sockets
 from mesh.cluster.api import Cluster
 from mesh.cluster.open import open_cluster
@@ -62,7 +62,7 @@ async def run(config: IstiodConfig, shutdown: lifecycle.Shutdown) -> None:
     cluster = open_cluster(
         config.cluster(),
         kinds=KINDS,
-        manager="ambit-istiod",
+        manager=FIELD_MANAGER,
         report=lambda event, fields: _log.info(event, **fields),
     )
     await serve(config, cluster, shutdown)
@@ -89,7 +89,8 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         wait_seconds=config.state_wait_seconds,
         max_age_seconds=config.state_max_age_seconds,
     )
-    status = StatusWriter(index, ads, _now)
+    waypoints = WaypointWriter(config.waypoints(), on_contest=lambda: status.look())
+    status = StatusWriter(index, ads, _now, lambda: waypoints.contested)
     root = RootCertificate(authority.root_pem, config.root_namespace, index.namespaces)
 
     def on_push() -> None:
@@ -120,7 +121,6 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         tasks["cluster"].done()
         nursery.start_soon(state.keep)
         nursery.start_soon(seat.follow_keys, state)
-        waypoints = WaypointWriter(config.waypoints())
 
         async def write() -> None:
             await state.synced.wait()  # what is only remembered is nothing to write by

@@ -21,12 +21,15 @@ WAYPOINT_BOUND = "istio.io/WaypointBound"
 WAYPOINT_REQUIRED = "ambit.dev/WaypointRequired"
 ZTUNNEL_ACCEPTED = "ZtunnelAccepted"
 WAYPOINT_ACCEPTED = "WaypointAccepted"
+#: Whether what we made for a Gateway is as we made it; said only while it is not.
+IN_SYNC = "ambit.dev/ObjectsInSync"
 #: Conditions that we write at the top of a status, and may take away.
 OURS = frozenset(
     {
         "Accepted",
         "Programmed",
         "ResolvedRefs",
+        IN_SYNC,
         WAYPOINT_BOUND,
         WAYPOINT_REQUIRED,
         ZTUNNEL_ACCEPTED,

@@ -6,14 +6,15 @@ written; what could not be written is tried again. An object that is gone has no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import trio
 
 from istiod_lite import status
 from istiod_lite.ads import AdsService
-from istiod_lite.conditions import Fragment, merged
+from istiod_lite.conditions import Condition, Fragment, merged
 from istiod_lite.index import ClusterIndex
 from mesh.cluster.api import Cluster, NotFound, Ref
 from mesh.errors import ConfigError, Unavailable
@@ -28,9 +29,18 @@ _log = log.get(__name__)
 
 
 class StatusWriter:
-    """Keeps statuses as they are true. `clock` gives seconds since the epoch."""
+    """Keeps statuses as they are true. `clock` gives seconds since the epoch; `contested` are
+    further conditions of Gateways.
+    """
 
-    def __init__(self, index: ClusterIndex, ads: AdsService, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        index: ClusterIndex,
+        ads: AdsService,
+        clock: Callable[[], float],
+        contested: Callable[[], Mapping[Ref, Condition]] = dict,
+    ) -> None:
+        self._contested = contested
         self._index = index
         self._ads = ads
         self._clock = clock
@@ -63,10 +73,15 @@ class StatusWriter:
 
     async def _write(self, cluster: Cluster) -> None:
         current: dict[Ref, Fragment] = {}
+        contested = self._contested()
         for number, (ref, fragment) in enumerate(
             status.each_status(self._index, self._ads.share), 1
         ):
-            current[ref] = fragment
+            if ref in contested:
+                found = (*fragment.conditions, contested[ref])
+                current[ref] = replace(fragment, conditions=found)
+            else:
+                current[ref] = fragment
             if number % _AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()  # pushes to proxies go before this
         for ref, fragment in list(status.changed(self._written, current)):

@@ -1,21 +1,28 @@
 """Carries out what `istiod_lite.waypoints` decides: waypoints' objects in the cluster.
 
-It follows Gateways and the objects that it made itself, so what drifts is put back at once, and
-looks at everything again from time to time. What cannot be written now is tried again; a
-cluster that takes no writes is told of once and left.
+It follows Gateways and the objects that it made itself, so what drifts is put back at once
+(until somebody else insists, see `istiod_lite.contest`), and looks at everything again from
+time to time. What cannot be written now is tried again; a cluster that takes no writes is told
+of once and left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import trio
 
 from istiod_lite import waypoints
+from istiod_lite.conditions import Condition
+from istiod_lite.contest import Contests, owners
 from istiod_lite.waypoints import Make, Mend, Remove, Step, WaypointSettings
 from mesh.cluster.api import Cluster, Deleted, Event, NotFound, Put, Ref, Synced, ref_of
 from mesh.cluster.gateways import Gateway, parse_gateway
 from mesh.errors import ConfigError, Unavailable
 from mesh.runtime import log
 
+#: Who owns the fields that we write, in the eyes of an API server.
+FIELD_MANAGER = "ambit-istiod"
 CHECK_SECONDS = 30.0
 GATHER_SECONDS = 0.05
 _RETRY_SECONDS = 1.0
@@ -26,12 +33,22 @@ _log = log.get(__name__)
 class WaypointWriter:
     """Keeps each waypoint Gateway's ServiceAccount, Service and Deployment as they should be."""
 
-    def __init__(self, settings: WaypointSettings) -> None:
+    def __init__(
+        self, settings: WaypointSettings, on_contest: Callable[[], None] = lambda: None
+    ) -> None:
         self._settings = settings
+        self._on_contest = on_contest
+        self._contests = Contests()
+        self._contested: Mapping[Ref, Condition] = {}
         self._gateways: dict[Ref, Gateway] = {}
         self._live: dict[Ref, dict[str, object]] = {}
         self._unreadable: set[Ref] = set()
         self._told: set[str] = set()
+
+    @property
+    def contested(self) -> Mapping[Ref, Condition]:
+        """What to say on Gateways whose objects somebody else keeps changing."""
+        return self._contested
 
     async def run(self, cluster: Cluster) -> None:
         """Write for ever. If cancelled: what is written stays."""
@@ -73,8 +90,13 @@ class WaypointWriter:
         """Do what there is to do; seconds until it should be looked at again."""
         wait = CHECK_SECONDS
         steps = waypoints.plan(self._gateways.values(), self._live, self._settings)
+        now = trio.current_time()
+        self._contests.see((each.ref for each in steps if isinstance(each, Mend)), now)
         for step in steps:
             if isinstance(step, Remove) and self._is_doubtful(step.ref):
+                continue
+            if isinstance(step, Mend) and not self._contests.may_mend(step.ref, now):
+                await self._name_others(cluster, step)
                 continue
             try:
                 await self._do(cluster, step)
@@ -85,7 +107,24 @@ class WaypointWriter:
                 self._tell("waypoint_not_written", str(exc))
         if not steps:
             self._told.clear()
+        contested = self._contests.conditions()
+        if contested != self._contested:
+            self._contested = contested
+            self._on_contest()
+        for condition in contested.values():
+            self._tell("waypoint_contested", condition.message)
         return wait
+
+    async def _name_others(self, cluster: Cluster, step: Mend) -> None:
+        """Find out, once, who it is that changes what we made."""
+        if not self._contests.is_nameless(step.ref):
+            return
+        try:
+            found = await cluster.get(step.ref)
+        except (Unavailable, ConfigError):
+            return  # the next look asks again
+        if found is not None:
+            self._contests.name_others(step.ref, owners(found, step.patch, FIELD_MANAGER))
 
     async def _do(self, cluster: Cluster, step: Step) -> None:
         match step:
@@ -103,6 +142,7 @@ class WaypointWriter:
             case Mend(ref, patch):
                 try:
                     await cluster.patch(ref, patch)
+                    self._contests.mended(ref, trio.current_time())
                     _log.info("waypoint_object_mended", object=str(ref), fields=sorted(patch))
                 except NotFound:
                     self._live.pop(ref, None)

@@ -50,6 +50,7 @@ from waypoint.assemble import Assembly
 from waypoint.config import WaypointConfig
 from waypoint.counters import Counters
 from waypoint.explain import Explainer
+from waypoint.filters.rate_limit.stores import Stores
 from waypoint.filters.redact.audit import open_audit
 from waypoint.filters.redact.keys import key_reader
 from waypoint.inbound import Inbounds
@@ -80,7 +81,8 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
         lambda each: fetch_certificate(authority.open, each, ttl, impersonate=False)
     )
     keys = key_reader(config.redaction_keys)
-    assembly = Assembly(_now, random.Random(), read_key=keys)  # noqa: S311 - draws faults, guards nothing
+    stores = Stores(config.rate_limit_credentials, registry)
+    assembly = Assembly(_now, random.Random(), read_key=keys, stores=stores)  # noqa: S311 - draws faults, guards nothing
     store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:
@@ -104,6 +106,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
             if audit is not None:
                 start(audit.run)
             start(metrics.watch_loop_lag, registry)
+            start(stores.run)
             start(proxy.upstreams.sweep, config.idle_seconds)
             start(inbounds.watch)
             has_state = trio.Event()

@@ -30,6 +30,8 @@ from waypoint.filters.fault import FaultFilter, Random
 from waypoint.filters.jwt import Jwt, KeySource
 from waypoint.filters.rate_limit.filter import RateLimits
 from waypoint.filters.rate_limit.local import Buckets
+from waypoint.filters.rate_limit.shared import SharedRateLimits
+from waypoint.filters.rate_limit.stores import Stores
 from waypoint.filters.redact.filter import ReadKey, RedactionFilter
 from waypoint.filters.redact.keys import key_reader
 
@@ -51,8 +53,10 @@ class Assembly:
         fetch: jwks.Fetch = jwks.fetch,
         custom: CustomFilters | None = None,
         read_key: ReadKey | None = None,
+        stores: Stores | None = None,
     ) -> None:
         self._read_key = read_key or key_reader(DEFAULT_KEYS)
+        self._stores = stores if stores is not None else Stores()
         self._clock = clock
         self._rng = rng
         self._custom = custom if custom is not None else CustomFilters()
@@ -71,11 +75,15 @@ class Assembly:
         if authorizations:
             explains = any(config.explains_denials for config in configs)
             found.append(Authorize(authorizations, explains_denials=explains))
-        found += [
-            RateLimits(config.rate_limits, self._buckets_in(config.key))
-            for config in configs
-            if config.rate_limits
-        ]
+        for config in configs:
+            local = [each for each in config.rate_limits if each.shared.kind == "Local"]
+            if local:
+                found.append(RateLimits(local, self._buckets_in(config.key)))
+            found += [
+                SharedRateLimits(each, self._stores, self._buckets_in(config.key))
+                for each in config.rate_limits
+                if each.shared.kind != "Local"
+            ]
         redactions = [each for config in configs for each in config.redactions]
         if redactions:
             found.append(RedactionFilter(redactions, self._read_key))

@@ -107,6 +107,11 @@ class WaypointConfig(TracingSettings):
         default=10_000,
         doc="Requests in flight, of all services; more are answered 503 at once. 0: no bound.",
     )
+    rate_limit_credentials: str = setting(
+        env="RATE_LIMIT_CREDENTIALS",
+        default="",
+        doc="File with `password` or `user:password` for the Redis that limits are shared in.",
+    )
     redaction_keys: Path = setting(
         env="REDACTION_KEYS",
         default=Path("/var/run/secrets/ambit/redaction"),

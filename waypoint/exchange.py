@@ -94,11 +94,12 @@ class Exchange:
     def start_h1(self, head: h1.RequestHead, *, ends: bool) -> None:
         """A request over HTTP/1.1."""
         self.upgrade = head.upgrade
+        headers = Headers(head.pairs, head.lines)
         if head.expects_continue:
-            head.pairs.append((b"expect", b"100-continue"))
+            headers.add(b"expect", b"100-continue")
         if head.takes_trailers:
-            head.pairs.append((b"te", b"trailers"))
-        self.start(head.method, head.scheme, head.authority, head.path, head.query, head.pairs,
+            headers.add(b"te", b"trailers")
+        self.start(head.method, head.scheme, head.authority, head.path, head.query, headers,
                    ends=ends)  # fmt: skip
 
     def start(
@@ -108,11 +109,11 @@ class Exchange:
         authority: bytes,
         path: bytes,
         query: bytes | None,
-        pairs: list[Pair],
+        headers: Headers,
         *,
         ends: bool,
     ) -> None:
-        """A request's head. `pairs` become this exchange's."""
+        """A request's head. `headers` become this exchange's."""
         inbound = self.inbound
         self.started_at = now = time.monotonic()
         self.is_request_done = ends
@@ -122,7 +123,7 @@ class Exchange:
         normal = traffic.normalize(path)
         self.request = request = Request(
             method=method, scheme=scheme, authority=authority, path=normal or path,
-            query=query or b"", headers=Headers(pairs), source=inbound.source,
+            query=query or b"", headers=headers, source=inbound.source,
             source_ip=inbound.source_ip, remote_ip=inbound.source_ip,
             destination_ip=inbound.destination_ip, destination_port=inbound.port,
             service=inbound.service_key, now=now, upgrade=self.upgrade,
@@ -131,11 +132,12 @@ class Exchange:
             self._answer(Respond(400, reason="the path cannot be normalized", flag="DPE"))
             return
         is_claimed = False
-        for name, value in pairs:
-            if name == b"content-type":
-                request.is_grpc = heads.is_grpc(value)
-            elif heads.is_client_certificate(name):
-                is_claimed = True
+        for name, value in headers.pairs:
+            if name in heads.NOTED:
+                if name == b"content-type":
+                    request.is_grpc = heads.is_grpc(value)
+                else:
+                    is_claimed = True
         if is_claimed or traffic.config.shows_client_identity:
             self._set_client_identity(is_shown=traffic.config.shows_client_identity)
         if inbound.proxy.in_flight > inbound.proxy.max_in_flight:
@@ -157,6 +159,10 @@ class Exchange:
         headers.pairs = [each for each in headers.pairs if not heads.is_client_certificate(each[0])]
         if is_shown:
             headers.add(heads.CLIENT_CERTIFICATE, self.inbound.client_certificate)
+
+    def hides(self) -> bool:
+        """Whether `hide` may change anything."""
+        return any(isinstance(each, RedactionFilter) for each in self._filters)
 
     def hide(self, text: bytes) -> bytes:
         """`text` for a log, without what the service's policies redact."""

@@ -171,11 +171,11 @@ class H1Down:
         head = self._head
         assert head is not None  # noqa: S101 - there is no response without a request
         self._started = True
-        pairs, status = response.headers.pairs, response.status
+        headers, status = response.headers, response.status
         if switches:
             self._state = _RAW
             extra = b"connection: upgrade\r\nupgrade: " + switches + b"\r\n"
-            self._transport.write(h1.encode_response(101, pairs, extra))
+            self._transport.write(h1.response_head(101, headers.encode(), extra))
             early, self._buffer = self._buffer, b""
             self._transport.unpause()
             if early and self._exchange is not None:
@@ -183,7 +183,7 @@ class H1Down:
             return
         extra = b""
         ends = ends or head.method == b"HEAD" or status in _NO_BODY
-        if not any(name == b"content-length" for name, _ in pairs):
+        if not headers.has(b"content-length"):
             if not ends:
                 if head.is_http10:
                     self._close_after = True
@@ -198,7 +198,7 @@ class H1Down:
             extra += b"connection: close\r\n"
         elif head.is_http10:
             extra += b"connection: keep-alive\r\n"
-        self._transport.write(h1.encode_response(status, pairs, extra))
+        self._transport.write(h1.response_head(status, headers.encode(), extra))
 
     def send_data(self, data: Chunk) -> None:
         """Body; raw after a switch."""

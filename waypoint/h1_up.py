@@ -72,9 +72,8 @@ class H1Up:
         self._is_chunking = False
         target = request.path + b"?" + request.query if request.query else request.path
         extra = b""
-        pairs = request.headers.pairs
-        has_length = any(name == b"content-length" for name, _ in pairs)
-        if not has_length:
+        headers = request.headers
+        if not headers.has(b"content-length"):
             if not ends:
                 self._is_chunking = True
                 extra = b"transfer-encoding: chunked\r\n"
@@ -85,7 +84,7 @@ class H1Up:
         if upgrade:
             extra += b"connection: upgrade\r\nupgrade: " + upgrade + b"\r\n"
         self._transport.write(
-            h1.encode_request(request.method, target, request.authority, pairs, extra)
+            h1.request_head(request.method, target, request.authority, headers.encode(), extra)
         )
 
     def send_data(self, data: Chunk) -> None:
@@ -188,7 +187,7 @@ class H1Up:
                 raise RemoteProtocolError("too many interim responses", http_status=502)
             owner.on_interim(head.status, head.pairs)
             return rest if self._state == _HEAD else None
-        response = Response(status=head.status, headers=Headers(head.pairs))
+        response = Response(status=head.status, headers=Headers(head.pairs, head.lines))
         self._keeps = head.keeps_alive
         if head.status == 101:
             self._check_switch(head.upgrade)

@@ -211,6 +211,9 @@ class H2Stream:
             self._pending += data
             return
         channel = self.channel
+        if not channel.transport.is_blocked and channel.core.send_whole(stream, data):
+            channel.touch()
+            return
         room = 0 if channel.transport.is_blocked else channel.core.room(stream)
         if len(data) <= room:
             channel.core.send_data(stream, data)
@@ -304,12 +307,13 @@ class H2Stream:
 
     def declare(self, pairs: Sequence[Pair]) -> bool:
         """Note content-length; whether it is well-formed."""
-        found = [value for name, value in pairs if name == b"content-length"]
-        if not found:
-            return True
-        if len(found) > 1 or not found[0].isdigit() or len(found[0]) > 18:
-            return False
-        self.declared = int(found[0])
+        found: bytes | None = None
+        for name, value in pairs:
+            if name == b"content-length":
+                if found is not None or not value.isdigit() or len(value) > 18:
+                    return False
+                found = value
+                self.declared = int(value)
         return True
 
     def is_short(self) -> bool:

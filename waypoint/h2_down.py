@@ -13,7 +13,7 @@ from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
 from mesh.http.trailers import safe_trailers
 from waypoint.exchange import Exchange
-from waypoint.filters.chain import Pair, Response
+from waypoint.filters.chain import Headers, Pair, Response
 from waypoint.h2 import H2Channel, H2Stream
 from waypoint.idle import Expirable, Kind, Mark
 from waypoint.transport import Transport
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 _PATH = re.compile(rb"/[!\"$-~]*+|\*")
 _SCHEMES = frozenset({b"http", b"https"})
+_READ_HERE = frozenset({b"host", b"cookie", b"content_length", b"transfer_encoding"})
 _PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
 
 
@@ -111,9 +112,25 @@ class _DownStream(H2Stream):
 
     def read(self, pairs: Sequence[Pair]) -> str:
         """Judge the head (RFC 9113 section 8.3); what is wrong with it, or empty text."""
-        pseudo = {name: value for name, value in pairs if name[:1] == b":"}
-        rest = [pair for pair in pairs if pair[0][:1] != b":" and pair[0] != b"host"]
-        hosts = [value for name, value in pairs if name == b"host"]
+        pseudo: dict[bytes, bytes] = {}
+        rest: list[Pair] = []
+        hosts: list[bytes] = []
+        cookies: list[bytes] = []
+        is_disguised = False
+        for pair in pairs:
+            name = pair[0]
+            if name[:1] == b":":
+                pseudo[name] = pair[1]
+                continue
+            if name in _READ_HERE:
+                if name == b"host":
+                    hosts.append(pair[1])
+                    continue
+                if name == b"cookie":
+                    cookies.append(pair[1])
+                else:
+                    is_disguised = True
+            rest.append(pair)
         authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
         method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
         if not pseudo.keys() <= _PSEUDO or method == b"CONNECT":
@@ -124,13 +141,12 @@ class _DownStream(H2Stream):
             return "a malformed method or path"
         if path == b"*" and method != b"OPTIONS":
             return "a path that only OPTIONS has"
-        if not authority or not is_host(authority) or any(host != authority for host in hosts):
+        if not authority or not is_host(authority) or hosts.count(authority) != len(hosts):
             return "a malformed authority, or two"
         if not self.declare(rest):
             return "a malformed content-length"
-        if any(name in {b"content_length", b"transfer_encoding"} for name, _ in rest):
+        if is_disguised:
             return "a framing field in disguise"
-        cookies = [value for name, value in rest if name == b"cookie"]
         if len(cookies) > 1:
             rest = [pair for pair in rest if pair[0] != b"cookie"]
             rest.append((b"cookie", b"; ".join(cookies)))
@@ -150,7 +166,9 @@ class _DownStream(H2Stream):
         path, found, query = target.partition(b"?")
         early, self._early = self._early, bytearray()
         ends = self._has_ended and not early
-        exchange.start(method, scheme, authority, path, query if found else None, pairs, ends=ends)
+        headers = Headers(pairs)
+        exchange.start(method, scheme, authority, path, query if found else None, headers,
+                       ends=ends)  # fmt: skip
         if early and self.exchange is exchange:
             exchange.on_request_data(memoryview(early))
         if self._has_ended and not ends:

@@ -106,7 +106,7 @@ class UpStream(H2Stream):
         if self._head is not None:
             self._trailers_in = safe_trailers(pairs)
             return
-        status = int(dict(pairs)[b":status"])
+        status = int(next(value for name, value in pairs if name == b":status"))
         fields = [pair for pair in pairs if pair[0][:1] != b":"]
         if status < 200:
             self._interim += 1
@@ -121,11 +121,12 @@ class UpStream(H2Stream):
             return
         if status == 204:
             fields = [pair for pair in fields if pair[0] != b"content-length"]
+        headers = Headers(fields)
         has_none = self._is_head or status in {204, 304}
         # "Trailers-Only" of gRPC: it has to stay one block.
-        if has_none or any(name == b"grpc-status" for name, _ in fields):
+        if has_none or headers.has(b"grpc-status"):
             self.declared = 0  # a body would be another response to callers of HTTP/1.1
-        self._head = Response(status=status, headers=Headers(fields))
+        self._head = Response(status=status, headers=headers)
         owner.on_response(self._head, ends=self.declared == 0)
 
     def on_body(self, data: memoryview) -> None:

@@ -12,6 +12,15 @@ from waypoint.filters.chain import FRAMING, Headers, Pair, Request, Respond, Res
 
 _TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 CLIENT_CERTIFICATE = b"x-forwarded-client-cert"
+CLAIMS = frozenset(
+    b"x" + b + b"forwarded" + c + b"client" + d + b"cert"
+    for b in (b"-", b"_")
+    for c in (b"-", b"_")
+    for d in (b"-", b"_")
+)
+"""Fields that say who the caller is, in every spelling that some server takes for it."""
+NOTED = CLAIMS | {b"content-type"}
+"""Fields that are looked at in every request."""
 _GRPC_OF_STATUS = {
     400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14,
 }  # fmt: skip
@@ -34,7 +43,7 @@ def is_grpc(content_type: bytes) -> bool:
 
 def is_client_certificate(name: bytes) -> bool:
     """Whether a field says who the caller is, in a spelling that some server takes for it."""
-    return name[:1] == b"x" and name.replace(b"_", b"-") == CLIENT_CERTIFICATE
+    return name in CLAIMS
 
 
 def local_response(request: Request, respond: Respond) -> Response:

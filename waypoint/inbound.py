@@ -37,6 +37,7 @@ from waypoint.transport import Transport, TunnelTransport
 
 if TYPE_CHECKING:
     from waypoint.proxy import Proxy
+    from waypoint.record import Told
 
 _log = log.get("inbound")
 _HTTP = frozenset({AppProtocol.HTTP11, AppProtocol.HTTP2, AppProtocol.GRPC})
@@ -82,6 +83,7 @@ class Inbound:
         self.active = 0
         self.connections: set[Drainable] = set()
         self.pipes: set[Judged] = set()
+        self.told: Told | None = None
         self._traffic: Traffic | None = None
         self._version = -1
 

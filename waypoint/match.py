@@ -120,7 +120,7 @@ class MatchTable(Generic[T]):
             for entry in group.entries.get(key, ()):
                 if best is not None and best.rank < entry.rank:
                     break
-                if all(check(features) for check in entry.checks):
+                if not entry.checks or all(check(features) for check in entry.checks):
                     best = entry
                     break
         return best.value if best is not None else None

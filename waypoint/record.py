@@ -36,6 +36,29 @@ class AccessSink(Protocol):
         ...
 
 
+class Told:
+    """What all records of one tunnel say, as of one state of the Store."""
+
+    __slots__ = ("fields", "series", "version", "workloads")
+
+    def __init__(self, inbound: Inbound) -> None:
+        self.version = inbound.proxy.version
+        self.series: dict[tuple[object, ...], Series] = {}
+        # Held as long as their ids are keys.
+        self.workloads: list[Workload | None] = []
+        source = inbound.source_workload()
+        connection = inbound.connection_id
+        self.fields: dict[str, object] = {
+            **({"connection.id": connection} if connection else {}),
+            "direction": "inbound",
+            "src.addr": f"{inbound.source_ip}:{inbound.source_port}",
+            **({"src.workload": source.name} if source is not None else {}),
+            "src.namespace": inbound.source.namespace,
+            "src.identity": str(inbound.source),
+            "dst.service": inbound.service_key.partition("/")[2],
+        }
+
+
 class Journal:
     """Writes records."""
 
@@ -45,25 +68,29 @@ class Journal:
         self._audit = audit
         self._access = access
         self._metrics = metrics
-        self._known: dict[tuple[object, ...], Series] = {}
 
     def finished(self, exchange: Exchange, endpoint: Endpoint | None) -> None:
         """A request is over."""
         now = time.monotonic()
-        inbound, request = exchange.inbound, exchange.request
+        inbound = exchange.inbound
         milliseconds = (now - exchange.started_at) * 1000
         workload = endpoint.candidate.workload if endpoint is not None else None
-        key = (inbound.source, inbound.source_ip, inbound.service_key, id(workload),
-               exchange.status, exchange.flag, request.is_grpc, exchange.grpc_status)  # fmt: skip
-        series = self._known.get(key)
-        if series is None:
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
+        told = inbound.told
+        if told is None or told.version != inbound.proxy.version:
+            told = inbound.told = Told(inbound)
+        key = (id(workload), exchange.status, exchange.flag, exchange.request.is_grpc,
+               exchange.grpc_status)  # fmt: skip
+        series = told.series.get(key)
+        if series is None or series.is_forgotten:
+            if len(told.series) >= _MAX_KNOWN:
+                told.series.clear()
+                told.workloads.clear()
             labels = _labels(inbound, workload, exchange)
-            series = self._known[key] = self._metrics.series(labels)
+            series = told.series[key] = self._metrics.series(labels)
+            told.workloads.append(workload)
         series.add(milliseconds, exchange.bytes_in, exchange.bytes_out, now)
         if self._access.takes("error" if exchange.reason else "info"):
-            self._access.record(_fields(exchange, workload, milliseconds))
+            self._access.record(_fields(exchange, told, workload, milliseconds))
         if self._audit is not None:
             self._audit.record_exchange(exchange)
 
@@ -127,16 +154,20 @@ def _of(fields: dict[str, object]) -> dict[str, object]:
 
 
 def _fields(
-    exchange: Exchange, workload: Workload | None, milliseconds: float
+    exchange: Exchange, told: Told, workload: Workload | None, milliseconds: float
 ) -> dict[str, object]:
-    inbound, request = exchange.inbound, exchange.request
-    source = inbound.source_workload()
-    request_id = request.headers.get(b"x-request-id") or b""
-    trace = request.headers.get(b"traceparent") or b""
+    request = exchange.request
+    hides = exchange.hides()
+    request_id = trace = b""
+    for name, value in request.headers.pairs:
+        if name == b"x-request-id":
+            request_id = request_id + b"," + value if request_id else value
+        elif name == b"traceparent":
+            trace = trace + b"," + value if trace else value
 
     def hidden(text: bytes) -> str:
         # What a policy takes out of the traffic is not written down beside it.
-        return exchange.hide(text).decode("latin-1")
+        return (exchange.hide(text) if hides else text).decode("latin-1")
 
     found: dict[str, object] = {
         "level": "error" if exchange.reason else "info",
@@ -146,15 +177,7 @@ def _fields(
         found["id"] = hidden(request_id[:64])
     if trace:
         found["trace_id"] = trace[3:35].decode("latin-1")
-    if inbound.connection_id:
-        found["connection.id"] = inbound.connection_id
-    found["direction"] = "inbound"
-    found["src.addr"] = f"{inbound.source_ip}:{inbound.source_port}"
-    if source is not None:
-        found["src.workload"] = source.name
-    found["src.namespace"] = inbound.source.namespace
-    found["src.identity"] = str(inbound.source)
-    found["dst.service"] = inbound.service_key.partition("/")[2]
+    found |= told.fields
     if workload is not None:
         found["dst.workload"] = workload.name
         found["dst.namespace"] = workload.namespace

@@ -126,6 +126,8 @@ class TunnelTransport:
             self._pending += data
             return
         tunnel = self._tunnel
+        if tunnel.send_whole(data):
+            return
         room = tunnel.room()
         if len(data) <= room:
             tunnel.send(data)

@@ -198,14 +198,14 @@ def _shared_ports(checked: _Set) -> Iterator[_Remark]:
 
 
 def _odd_services(checked: _Set) -> Iterator[_Remark]:
+    pods: dict[str, list[Pod]] = {}
+    for ref, _, pod in checked.pods:
+        pods.setdefault(ref.namespace, []).append(pod)
     for service in checked.inventory.all(Service):
         if not service.selector or service.type == "ExternalName":
             continue
-        selected = [
-            pod
-            for ref, _, pod in checked.pods
-            if ref.namespace == service.namespace and service.selects(pod.labels)
-        ]
+        home = pods.get(service.namespace, ())
+        selected = [pod for pod in home if service.selects(pod.labels)]
         if not selected:
             pairs = ", ".join(f"{key}={value}" for key, value in service.selector.items())
             message = f"selects nothing: no pod in {service.namespace!r} has {pairs}"

@@ -204,6 +204,15 @@ class Tunnel:
         connection.core.spend(self._stream, count)
         connection.write(frames)
 
+    def send_whole(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send bytes if all of them fit now; whether they did."""
+        connection = self.connection
+        if connection.is_blocked or not connection.core.send_whole(self._stream, data):
+            return False
+        self.sent += len(data)
+        connection.touch()
+        return True
+
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes within `room()`, framing them here."""
         self.sent += len(data)

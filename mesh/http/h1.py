@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final
 
 from mesh.errors import RemoteProtocolError
+from mesh.http import h1_lines
 from mesh.http.trailers import safe_trailers
 
 Pair = tuple[bytes, bytes]
@@ -41,14 +42,12 @@ _NOT_UPGRADED_TO = (b"h2", b"h3", b"http", b"tls")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15}+)[\t ]*+(?:;[\t \x21-\x7e\x80-\xff]*+)?\r\n")
 _ABSOLUTE = re.compile(rb"(https?)://([^/?#]+)([/?].*)?", re.IGNORECASE)
 
-_HOP_BY_HOP: Final = frozenset(
-    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"}
-)
 # A peer may not use Connection to take away what is judged or what frames the message.
 _PROTECTED: Final = frozenset({b"host", b"content-length", b"authorization", b"cookie"})
-# Applications behind CGI-like interfaces cannot tell these from the real ones.
-_DISGUISED: Final = frozenset({b"content_length", b"transfer_encoding"})
-_REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+_STATUS_LINES: Final = {
+    status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode())
+    for status in HTTPStatus
+}
 
 
 @dataclass(slots=True)
@@ -70,6 +69,8 @@ class RequestHead:
     upgrade: bytes
     expects_continue: bool
     takes_trailers: bool
+    lines: list[bytes] = field(default_factory=list)
+    """`pairs` as they are sent on, one line each."""
 
     @property
     def has_body(self) -> bool:
@@ -86,6 +87,7 @@ class ResponseHead:
     length: int | None
     keeps_alive: bool
     upgrade: bytes
+    lines: list[bytes] = field(default_factory=list)
 
 
 def parse_request(data: bytes) -> tuple[RequestHead, int] | None:
@@ -102,16 +104,19 @@ def parse_request(data: bytes) -> tuple[RequestHead, int] | None:
     if match.end() - start > MAX_HEAD:
         raise RemoteProtocolError("the head is too long", http_status=431)
     is_http10 = minor == b"0"
-    pairs, special = _split(block)
-    if special is None:
-        hosts = [value for name, value in pairs if name == b"host"]
-        lengths = [value for name, value in pairs if name == b"content-length"]
-        codings: list[bytes] = []
-        connection: set[bytes] = set()
-        upgrade = b""
-        expects = trailers = False
+    pairs, lines, special, has_length = _split(block)
+    codings: list[bytes] = []
+    connection: set[bytes] = set()
+    upgrade = b""
+    expects = trailers = False
+    if len(special) == 1 and special[0][0] == b"host":
+        hosts = [special[0][1]]
+        lengths = _values(pairs, b"content-length") if has_length else []
+    elif special:
+        read = _read_special(pairs, lines, special, 400)
+        hosts, lengths, codings, connection, upgrade, expects, trailers = read
     else:
-        hosts, lengths, codings, connection, upgrade, expects, trailers = special
+        hosts, lengths = [], _values(pairs, b"content-length")
     if len(hosts) != 1 and (hosts or not is_http10):
         raise RemoteProtocolError(f"a request has one host, not {len(hosts)}")
     host = hosts[0] if hosts else b""
@@ -124,7 +129,7 @@ def parse_request(data: bytes) -> tuple[RequestHead, int] | None:
         upgrade = b""
     return RequestHead(
         method, path, query, authority, scheme, pairs, length, keeps, is_http10, upgrade,
-        expects and not is_http10, trailers,
+        expects and not is_http10, trailers, lines,
     ), match.end()  # fmt: skip
 
 
@@ -138,15 +143,16 @@ def parse_response(data: bytes, *, method: bytes) -> tuple[ResponseHead, int] | 
     if match.end() > MAX_HEAD:
         raise RemoteProtocolError("the response's head is too long", http_status=502)
     status = int(digits)
-    pairs, special = _split(block, http_status=502)
+    pairs, lines, special, has_length = _split(block, http_status=502)
     lengths: list[bytes]
     codings: list[bytes] = []
     connection: set[bytes] = set()
     upgrade = b""
-    if special is None:
-        lengths = [value for name, value in pairs if name == b"content-length"]
+    if special:
+        read = _read_special(pairs, lines, special, 502)
+        _, lengths, codings, connection, upgrade, _, _ = read
     else:
-        _, lengths, codings, connection, upgrade, _, _ = special
+        lengths = _values(pairs, b"content-length") if has_length else []
     if (lengths and codings) or (codings and minor == b"0"):
         raise RemoteProtocolError("a response with two framings", http_status=502)
     length: int | None
@@ -164,9 +170,9 @@ def parse_response(data: bytes, *, method: bytes) -> tuple[ResponseHead, int] | 
         length = -1
     if status < 200 or status == 204:
         # They have none (RFC 9110 section 8.6); a caller that believes it would wait.
-        pairs = [pair for pair in pairs if pair[0] != b"content-length"]
+        _drop(pairs, lines, {b"content-length"})
     keeps = _keeps_alive(connection, is_http10=minor == b"0")
-    return ResponseHead(status, pairs, length, keeps and length != -1, upgrade), match.end()
+    return ResponseHead(status, pairs, length, keeps and length != -1, upgrade, lines), match.end()
 
 
 def _keeps_alive(connection: set[bytes], *, is_http10: bool) -> bool:
@@ -190,32 +196,50 @@ def is_host(authority: bytes) -> bool:
 
 
 _Special = tuple[list[bytes], list[bytes], list[bytes], set[bytes], bytes, bool, bool]
-_SPECIAL_NAMES: Final = _HOP_BY_HOP | _DISGUISED | {b"host", b"expect"}
 
 
-def _split(block: bytes, http_status: int = 400) -> tuple[list[Pair], _Special | None]:
-    """The fields of a block, without host and hop-by-hop ones, which are read here."""
+def _split(
+    block: bytes, http_status: int = 400
+) -> tuple[list[Pair], list[bytes], list[Pair], bool]:
+    """The fields of a block without host and hop-by-hop ones, and how they are sent on; those
+    others, which are read here; and whether a content-length is among the first.
+    """
     pairs: list[Pair] = []
+    lines: list[bytes] = []
     special: list[Pair] = []
-    for line in block.split(b"\r\n"):
-        name, found, value = line.partition(b":")
-        if not found:
-            continue  # the empty end
-        name = name.lower()
-        if name in _SPECIAL_NAMES:
-            special.append((name, value.strip(b" \t")))
-        else:
-            pairs.append((name, value.strip(b" \t")))
-    if len(pairs) + len(special) > MAX_FIELDS:
+    has_length = False
+    get, read = h1_lines.known.get, h1_lines.read
+    found = block.split(b"\r\n")
+    found.pop()  # the empty end
+    if len(found) > MAX_FIELDS:
         raise RemoteProtocolError(
             "too many fields", http_status=431 if http_status == 400 else http_status
         )
-    if not special:
-        return pairs, None
-    return pairs, _read_special(pairs, special, http_status)
+    for line in found:
+        pair, wire, mark = get(line) or read(line)
+        if mark:
+            if mark & h1_lines.SPECIAL:
+                special.append(pair)
+                continue
+            has_length = True
+        pairs.append(pair)
+        lines.append(wire)
+    return pairs, lines, special, has_length
 
 
-def _read_special(pairs: list[Pair], special: list[Pair], http_status: int) -> _Special:
+def _values(pairs: Iterable[Pair], wanted: bytes) -> list[bytes]:
+    return [value for name, value in pairs if name == wanted]
+
+
+def _drop(pairs: list[Pair], lines: list[bytes], names: set[bytes]) -> None:
+    """Take fields out of both."""
+    lines[:] = [line for pair, line in zip(pairs, lines, strict=True) if pair[0] not in names]
+    pairs[:] = [pair for pair in pairs if pair[0] not in names]
+
+
+def _read_special(
+    pairs: list[Pair], lines: list[bytes], special: list[Pair], http_status: int
+) -> _Special:
     hosts: list[bytes] = []
     codings: list[bytes] = []
     connection: set[bytes] = set()
@@ -236,15 +260,15 @@ def _read_special(pairs: list[Pair], special: list[Pair], http_status: int) -> _
             if value.lower() != b"100-continue":
                 raise RemoteProtocolError("an unknown expectation", http_status=417)
             expects = True
-        elif name in _DISGUISED:
+        elif name in h1_lines.DISGUISED:
             raise RemoteProtocolError("a framing field in disguise", http_status=http_status)
     named = connection - {b"close", b"keep-alive", b"upgrade", b"te", b""}
     if named:
         if named & _PROTECTED:
             raise RemoteProtocolError("Connection names a field that must stay",
                                       http_status=http_status)  # fmt: skip
-        pairs[:] = [pair for pair in pairs if pair[0] not in named]
-    lengths = [value for name, value in pairs if name == b"content-length"]
+        _drop(pairs, lines, named)
+    lengths = _values(pairs, b"content-length")
     return hosts, lengths, codings, connection, upgrade, expects, trailers
 
 
@@ -311,17 +335,27 @@ def encode_request(
     method: bytes, target: bytes, authority: bytes, pairs: Iterable[Pair], extra: bytes = b""
 ) -> bytes:
     """The bytes of a request head; `extra` are whole lines (framing, upgrade)."""
-    lines = [b"%b: %b\r\n" % pair for pair in pairs]
-    return b"".join(
-        (method, b" ", target, b" HTTP/1.1\r\nhost: ", authority, b"\r\n", *lines, extra, b"\r\n")
-    )
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in pairs])
+    return request_head(method, target, authority, lines, extra)
+
+
+def request_head(
+    method: bytes, target: bytes, authority: bytes, lines: bytes, extra: bytes = b""
+) -> bytes:
+    """The same of fields that are lines already."""
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n" % (method, target, authority, lines, extra)
 
 
 def encode_response(status: int, pairs: Iterable[Pair], extra: bytes = b"") -> bytes:
     """The bytes of a response head."""
-    lines = [b"%b: %b\r\n" % pair for pair in pairs]
-    reason = _REASONS.get(status, b"")
-    return b"".join((b"HTTP/1.1 %d %b\r\n" % (status, reason), *lines, extra, b"\r\n"))
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in pairs])
+    return response_head(status, lines, extra)
+
+
+def response_head(status: int, lines: bytes, extra: bytes = b"") -> bytes:
+    """The same of fields that are lines already."""
+    first = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+    return b"%b%b%b\r\n" % (first, lines, extra)
 
 
 def encode_chunk(data: bytes | bytearray | memoryview) -> bytes:
@@ -401,7 +435,9 @@ class ChunkReader:
                 raise RemoteProtocolError("trailers are too long", http_status=431)
             self._line = block
             return len(data)
-        pairs, _ = _split(match[1])
+        pairs, lines, special, _ = _split(match[1])
+        if special:
+            _read_special(pairs, lines, special, 400)  # judged, and dropped
         self.trailers = safe_trailers(pairs)
         self._line = b""
         self.is_done = True

@@ -82,6 +82,10 @@ class H2Core:
         self._earned = _EARNED_AT_START
         self._free_resets = 0
         self._table_note = TABLE_SIZE_ZERO
+        # the DATA frame that was queued last: it may grow while nothing follows it in `out`
+        self._last_stream: Stream | None = None
+        self._last_out = self.out
+        self._last_at = self._last_end = 0
 
     # ---- receiving
 
@@ -418,6 +422,37 @@ class H2Core:
         self.send_window -= count
         self._earned = min(self._earned + _EARNED_PER_SEND, _MAX_EARNED)
 
+    def send_whole(self, stream: Stream, data: bytes | bytearray | memoryview) -> bool:
+        """Queue DATA if it fits into the windows and one frame, perhaps the last one; else
+        nothing. Whether it was queued.
+        """
+        size, most = len(data), self.peer_max_frame
+        if (
+            not 0 < size <= most
+            or size > stream.send_window
+            or size > self.send_window
+            or stream.closed
+            or stream.local_ended
+        ):
+            return False
+        out = self.out
+        end = len(out)
+        if self._last_stream is stream and self._last_end == end and self._last_out is out:
+            at = self._last_at
+            grown = end - at - 9 + size
+            if grown <= most:
+                out[at : at + 3] = grown.to_bytes(3, "big")
+                out += data
+                self._last_end = end + size
+                self.spend(stream, size)
+                return True
+        out += h2.HEADER.pack(size >> 8, size & 255, 0, 0, stream.id)
+        out += data
+        self._last_stream, self._last_out = stream, out
+        self._last_at, self._last_end = end, end + 9 + size
+        self.spend(stream, size)
+        return True
+
     def send_data(self, stream: Stream, data: bytes | bytearray | memoryview) -> None:
         """Queue DATA in `out`. Raises LocalProtocolError beyond `room`."""
         if stream.closed or stream.local_ended or not data:
@@ -435,7 +470,12 @@ class H2Core:
         """Send END_STREAM. Idempotent."""
         if stream.closed or stream.local_ended:
             return
-        self.out += h2.pack_frame(h2.DATA, h2.END_STREAM, stream.id)
+        out = self.out
+        if self._last_stream is stream and self._last_end == len(out) and self._last_out is out:
+            out[self._last_at + 4] = h2.END_STREAM
+            self._last_stream = None
+        else:
+            out += h2.pack_frame(h2.DATA, h2.END_STREAM, stream.id)
         stream.local_ended = True
         self._close_if_ended(stream)
 

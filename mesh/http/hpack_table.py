@@ -18,6 +18,7 @@ from typing import Final
 import hpack
 
 from mesh.errors import RemoteProtocolError
+from mesh.http.h1_lines import NOT_KEPT
 
 Pair = tuple[bytes, bytes]
 
@@ -99,6 +100,12 @@ _CACHED_BLOCK_BYTES = 512
 
 _NAME = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t \x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
+_MOST_FIELDS: Final = 2048
+_LONGEST_VALUE: Final = 160
+_judged: dict[Pair, bytes] = {}
+"""Fields that were judged good before, and how they are encoded: most come again with every
+request. Neither pseudo-headers, nor secrets, nor ids; bounded.
+"""
 _FORBIDDEN = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 )
@@ -121,13 +128,19 @@ def encode_integer(value: int, prefix_bits: int, pattern: int) -> bytes:
 def encode_block(pairs: Iterable[Pair]) -> bytes:
     """A header block that any decoder reads in any state. Names must be lower case."""
     parts: list[bytes] = []
-    for name, value in pairs:
-        index = _PAIR_INDEX.get((name, value))
-        if index is not None:
-            parts.append(encode_integer(index, 7, 0x80))
-            continue
-        parts += (_encode_name(name), _encode_length(len(value)), value)
+    get = _judged.get
+    for pair in pairs:
+        known = get(pair)
+        parts.append(known if known is not None else _encode_field(pair))
     return b"".join(parts)
+
+
+def _encode_field(pair: Pair) -> bytes:
+    index = _PAIR_INDEX.get(pair)
+    if index is not None:
+        return encode_integer(index, 7, 0x80)
+    name, value = pair
+    return b"%b%b%b" % (_encode_name(name), _encode_length(len(value)), value)
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,7 +169,11 @@ def find_problem(pairs: Iterable[Pair]) -> str:
     """Why a field section is malformed, or empty text."""
     pseudo: set[bytes] = set()
     regular_seen = False
-    for name, value in pairs:
+    for pair in pairs:
+        if pair in _judged:
+            regular_seen = True
+            continue
+        name, value = pair
         if not _NAME.fullmatch(name):
             return "a field name is not lower-case token characters"
         if not _VALUE.fullmatch(value):
@@ -171,6 +188,10 @@ def find_problem(pairs: Iterable[Pair]) -> str:
             regular_seen = True
             if name in _FORBIDDEN or (name == b"te" and value != b"trailers"):
                 return "a connection-specific header"
+            if len(value) + len(name) <= _LONGEST_VALUE and name not in NOT_KEPT:
+                if len(_judged) >= _MOST_FIELDS:
+                    _judged.clear()
+                _judged[pair] = _encode_field(pair)
     return ""
 
 

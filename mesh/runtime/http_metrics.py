@@ -54,8 +54,8 @@ IDLE_SECONDS: Final = 900.0
 class Series:
     """Counts of one set of labels."""
 
-    __slots__ = ("count", "last_used", "milliseconds", "received", "request_sizes",
-                 "response_sizes", "sent", "spent")  # fmt: skip
+    __slots__ = ("count", "is_forgotten", "last_used", "milliseconds", "received",
+                 "request_sizes", "response_sizes", "sent", "spent")  # fmt: skip
 
     def __init__(self) -> None:
         self.count = 0
@@ -65,6 +65,8 @@ class Series:
         self.request_sizes = [0] * (len(BYTES) + 1)
         self.response_sizes = [0] * (len(BYTES) + 1)
         self.last_used = 0.0
+        self.is_forgotten = False
+        """Nobody collects it any more: ask for the series again."""
 
     def add(self, milliseconds: float, received: int, sent: int, now: float) -> None:
         """One request: its time, and the bytes of both bodies."""
@@ -110,7 +112,7 @@ class HttpMetrics(Collector):
         """Forget series that nobody touched for long."""
         before = self._clock() - self._idle
         for values in [v for v, one in self._series.items() if one.last_used < before]:
-            del self._series[values]
+            self._series.pop(values).is_forgotten = True
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""

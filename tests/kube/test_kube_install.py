@@ -334,6 +334,18 @@ def test_a_gateway_becomes_a_waypoint_with_a_status(
         return str(kube.request("GET", path)["spec"]["template"]["spec"]["serviceAccountName"])
 
     eventually(lambda: account() == "way")
+
+    # Who insists is told so, by name, and is not fought.
+    def contested() -> str:
+        if account() == "way":
+            content = "application/merge-patch+json"
+            kube.request("PATCH", f"{path}?fieldManager=gitops", drifted, content=content)
+        status = kube.request("GET", path_of(gateway))["status"]
+        messages = [each["message"] for each in status["conditions"] if "Sync" in each["type"]]
+        return "".join(messages)
+
+    assert "by gitops: left as it is" in eventually(lambda: "gitops" in contested() and contested())
+    assert account() == "default"
     kube.delete(gateway)
 
     def is_gone() -> bool:

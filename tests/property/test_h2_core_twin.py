@@ -83,6 +83,20 @@ def _facts(events: list[h2.events.Event]) -> list[tuple[Any, ...]]:
 _SHARED = {"headers", "data", "end", "reset", "pong"}
 
 
+def _shared(events: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """What the library tells, too. DATA that had something else between it (SETTINGS) is merged
+    here, as it is there.
+    """
+    out: list[tuple[Any, ...]] = []
+    for event in events:
+        if event[0] not in _SHARED:
+            continue
+        if out and event[0] == "data" and out[-1][:2] == event[:2]:
+            event = (*event[:2], out.pop()[2] + event[2])
+        out.append(event)
+    return out
+
+
 def _cut_feed(core: H2Core, data: bytes, cuts: list[int]) -> None:
     offset = turn = 0
     while offset < len(data):
@@ -144,7 +158,7 @@ def test_a_servers_view_of_a_correct_client(script: Script, cuts: list[int]) -> 
     wire = peer.data_to_send()
     facts = _facts(twin.receive_data(wire))
     _cut_feed(core, wire, cuts)
-    assert [event for event in recorder.events if event[0] in _SHARED] == facts
+    assert _shared(recorder.events) == facts
     assert core.send_window == twin.outbound_flow_control_window
     for stream_id, stream in core.streams.items():
         assert stream.send_window == twin._get_stream_by_id(stream_id).outbound_flow_control_window

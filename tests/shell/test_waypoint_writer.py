@@ -87,3 +87,33 @@ async def test_a_gateway_that_nobody_can_read_takes_nothing_down(tmp_path):
         await cluster.apply(gateway("other"))
         await until(exists(cluster, Ref("Deployment", "shop", "other")))
         assert await cluster.get(DEPLOYMENT) is not None
+
+
+async def test_who_insists_is_not_fought_for_ever(tmp_path):
+    cluster = DirectoryCluster(tmp_path, writable=True)
+    told, rounds = [], 0
+    writer = WaypointWriter(WaypointSettings(), on_contest=lambda: told.append(writer.contested))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run, cluster)
+        await cluster.apply(gateway())
+        await until(exists(cluster, DEPLOYMENT))
+
+        async def account() -> str:
+            found = await cluster.get(DEPLOYMENT)
+            assert found is not None
+            return found["spec"]["template"]["spec"]["serviceAccountName"]
+
+        with trio.fail_after(30):
+            while not told:
+                if await account() == "wp":
+                    # Another each time: what is seen twice alike is no news in a directory.
+                    rounds += 1
+                    name = f"theirs-{rounds}"
+                    drifted = {"spec": {"template": {"spec": {"serviceAccountName": name}}}}
+                    await cluster.patch(DEPLOYMENT, drifted)
+                await trio.sleep(0.02)
+        assert "Deployment shop/wp is changed again and again" in (
+            told[0][Ref("Gateway", "shop", "wp")].message
+        )
+        assert await account() == f"theirs-{rounds}"
+        nursery.cancel_scope.cancel()

@@ -31,6 +31,7 @@ GRPC_PERMISSION_DENIED: Final = 7
 _HEADER = re.compile(r"request\.headers\[([^\[\]]+)\]")
 _CLAIMS = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
 _BODY = b"RBAC: access denied"
+_ALLOWED: Final = "an ALLOW rule matches"
 # Taken out of the fields of a request before anybody sees them.
 UNSEEN: Final = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding"}
@@ -94,16 +95,14 @@ class Authorizer:
                 (self._denying if policy.action == "DENY" else self._asked).append(made)
         deciding = (*self._asked, *self._denying, *self._allowing)
         self._broken = next((each for each in deciding if each.problem), None)
+        # By rule: at most as many as there are.
+        self._allowed: dict[tuple[str, str], Decision] = {}
         self._denies = RuleIndex(rule for each in self._denying for rule in each.rules)
         self._allows = RuleIndex(rule for each in self._allowing for rule in each.rules)
 
     def judge(self, request: Request) -> Decision:
         """Decide."""
-        noted = tuple(
-            f"{word} {each.key}"
-            for word, each in self._noting
-            if each.problem or each.match(request) is not None
-        )
+        noted = self._note(request) if self._noting else ()
         if self._broken is not None:
             return Decision(False, self._broken.key, "", self._broken.problem, noted)
         for each in self._asked:
@@ -115,10 +114,23 @@ class Authorizer:
         if not self._allowing:
             return Decision(True, noted=noted)
         if (found := self._allows.first(request)) is not None:
-            return Decision(True, *found, "an ALLOW rule matches", noted)
+            if noted:
+                return Decision(True, *found, _ALLOWED, noted)
+            decision = self._allowed.get(found)
+            if decision is None:
+                decision = self._allowed[found] = Decision(True, *found, _ALLOWED)
+            return decision
         names = ", ".join(each.key for each in self._allowing[:5])
         said = f"no rule of an ALLOW policy matches ({names})"
         return Decision(False, self._allowing[0].key, "", said, noted)
+
+    def _note(self, request: Request) -> tuple[str, ...]:
+        """The policies that only look, and would have said something."""
+        return tuple(
+            f"{word} {each.key}"
+            for word, each in self._noting
+            if each.problem or each.match(request) is not None
+        )
 
 
 class Authorize(PassingFilter):
@@ -191,8 +203,14 @@ def _rule(rule: L7Rule, namespace: str, *, is_deny: bool) -> Test:
 
 
 def _every(tests: Sequence[Test]) -> Test:
-    if len(tests) == 1:
-        return tests[0]
+    # Written out: a generator costs more than most tests.
+    match list(tests):
+        case [test]:
+            return test
+        case [first, second]:
+            return lambda request: first(request) and second(request)
+        case [first, second, third]:
+            return lambda request: first(request) and second(request) and third(request)
     return lambda request: all(test(request) for test in tests)
 
 
@@ -254,7 +272,7 @@ def _principal(values: tuple[str, ...]) -> Test:
 
     def test(request: Request) -> bool:
         source = request.source
-        return source is not None and matches(str(source).removeprefix("spiffe://").encode())
+        return source is not None and matches(source.principal.encode())
 
     return test
 

@@ -30,10 +30,32 @@ FRAMING = frozenset(
 class Headers:
     """Header fields in order. `pairs` may be read; change through the methods."""
 
-    __slots__ = ("pairs",)
+    __slots__ = ("_lines", "_read", "pairs")
 
-    def __init__(self, pairs: list[Pair] | None = None) -> None:
+    def __init__(self, pairs: list[Pair] | None = None, lines: list[bytes] | None = None) -> None:
         self.pairs: list[Pair] = pairs if pairs is not None else []
+        # How the first of them are sent over HTTP/1.1, as long as they stay as they were read.
+        self._lines = lines
+        self._read = self.pairs.copy() if lines else None
+
+    def encode(self) -> bytes:
+        """The lines of HTTP/1.1. What was not changed since it was read is not made again."""
+        pairs, read, lines = self.pairs, self._read, self._lines
+        if read is not None and lines is not None:
+            count = len(read)
+            if len(pairs) == count:
+                if pairs == read:
+                    return b"".join(lines)
+            elif pairs[:count] == read:
+                return b"".join([*lines, *[b"%b: %b\r\n" % pair for pair in pairs[count:]]])
+        return b"".join([b"%b: %b\r\n" % pair for pair in pairs])
+
+    def has(self, name: bytes) -> bool:
+        """Whether there is a field of that name."""
+        for key, _ in self.pairs:  # noqa: SIM110 - a generator would cost as much as the search
+            if key == name:
+                return True
+        return False
 
     def get(self, name: bytes) -> bytes | None:
         """The values of `name` joined by a comma (RFC 9110 section 5.3); None if there is none."""
@@ -57,7 +79,7 @@ class Headers:
 
     def remove(self, name: bytes) -> None:
         """No field of that name any more."""
-        if any(key == name for key, _ in self.pairs):
+        if self.has(name):
             self.pairs = [pair for pair in self.pairs if pair[0] != name]
 
 

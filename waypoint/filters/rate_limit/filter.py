@@ -5,8 +5,7 @@ that is over refuses the request, 429 or RESOURCE_EXHAUSTED, with Retry-After. B
 request keep what it took from the others: a caller who is over does not get the rest for free.
 
 `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers) tell of the rule with the
-least left. Limits are this process's own; a policy that asks for a shared store is refused here, so
-that nobody relies on a sum that is not kept.
+least left. These limits are this process's own; `shared` has those that replicas keep together.
 """
 
 from __future__ import annotations
@@ -32,7 +31,9 @@ _MOST_SECONDS: Final = 86_400 * 366
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class LimitRule:
+    """A rule, compiled."""
+
     policy: str
     rule: RateLimitRule
     concerns: Test
@@ -43,9 +44,15 @@ class _Rule:
     advertised: bool
 
     def key_of(self, request: Request) -> Key:
+        """Whose bucket a request takes from."""
         return tuple(part(request)[:MAX_KEY_BYTES] for part in self.parts)
 
+    def rate_of(self, key: Key) -> Rate:
+        """Of that bucket."""
+        return self.overrides.get(key, self.rate)
+
     def cost_of(self, request: Request) -> int:
+        """What a request takes from it."""
         if self.rule.cost_header:
             said = request.headers.get(self.rule.cost_header.lower().encode())
             # What the caller says of itself may cost more than the rule says, never less.
@@ -65,7 +72,11 @@ class Asked:
     verdict: gcra.Verdict
 
 
-def _new_buckets(policy: RateLimitPolicy, rule: RateLimitRule) -> Buckets:
+Hit = tuple[LimitRule, Rate, gcra.Verdict]
+
+
+def new_buckets(policy: RateLimitPolicy, rule: RateLimitRule) -> Buckets:
+    """Empty ones."""
     del policy, rule
     return Buckets()
 
@@ -78,14 +89,16 @@ class RateLimits(PassingFilter):
     name = "RateLimitPolicy"
 
     def __init__(
-        self, policies: Iterable[RateLimitPolicy], buckets: MakeBuckets = _new_buckets
+        self, policies: Iterable[RateLimitPolicy], buckets: MakeBuckets = new_buckets
     ) -> None:
-        self._rules: list[_Rule] = []
+        self._rules: list[LimitRule] = []
         self._broken: Respond | None = None
         for policy in policies:
             key = f"{policy.namespace}/{policy.name}"
             try:
-                self._rules += _compile(key, policy, buckets)
+                if policy.shared.kind != "Local":
+                    raise ConfigError(f"shared through {policy.shared.kind}, not kept here")
+                self._rules += compile_policy(key, policy, buckets)
             except ConfigError as error:
                 self._broken = self._broken or Respond(
                     500, flag="NC", policy=key, reason=f"it cannot be kept: {error}"
@@ -95,34 +108,17 @@ class RateLimits(PassingFilter):
         """Take from the buckets, or refuse."""
         return self._judge(request, self._rules)
 
-    def _judge(self, request: Request, rules: Iterable[_Rule]) -> Verdict:
+    def _judge(self, request: Request, rules: Iterable[LimitRule]) -> Verdict:
         if self._broken is not None:
             return self._broken
-        tightest: tuple[float, _Rule, Rate, gcra.Verdict] | None = None
-        refused: tuple[_Rule, Rate, gcra.Verdict] | None = None
+        hits = []
         for each in rules:
-            if not each.concerns(request):
-                continue
-            key = each.key_of(request)
-            rate = each.overrides.get(key, each.rate)
-            verdict = each.buckets.hit(key, request.now, rate, each.cost_of(request))
-            if each.rule.is_shadow:
-                if not verdict.is_allowed:
-                    shadowed = request.notes.setdefault("rate_limit.shadow", [])
-                    shadowed.append(f"{each.policy} {each.rule.name}")
-                continue
-            if not verdict.is_allowed and (
-                refused is None or verdict.retry_seconds > refused[2].retry_seconds
-            ):
-                refused = (each, rate, verdict)
-            share = verdict.remaining / max(1, rate.burst)
-            if each.advertised and (tightest is None or share < tightest[0]):
-                tightest = (share, each, rate, verdict)
-        if refused is not None:
-            return _refusal(*refused)
-        if tightest is not None:
-            request.notes[_NOTE] = _headers(*tightest[1:])
-        return None
+            if each.concerns(request):
+                key = each.key_of(request)
+                rate = each.rate_of(key)
+                verdict = each.buckets.hit(key, request.now, rate, each.cost_of(request))
+                hits.append((each, rate, verdict))
+        return sum_up(request, hits)
 
     def rehearse(self, request: Request) -> tuple[Verdict, list[Asked]]:
         """What `on_request` would say, by itself, and of which buckets; nothing is taken."""
@@ -135,24 +131,55 @@ class RateLimits(PassingFilter):
 
     def on_response(self, request: Request, response: Response) -> Respond | None:
         """Tell what is left, unless the origin has told something itself."""
-        headers = request.notes.get(_NOTE)
-        if headers is not None and response.headers.get(b"ratelimit") is None:
-            for name, value in headers:
-                response.headers.add(name, value)
+        add_headers(request, response)
         return None
 
 
-def _compile(key: str, policy: RateLimitPolicy, buckets: MakeBuckets) -> list[_Rule]:
+def add_headers(request: Request, response: Response) -> None:
+    """`RateLimit` and its policy, as the request's verdict noted them."""
+    headers = request.notes.get(_NOTE)
+    if headers is not None and response.headers.get(b"ratelimit") is None:
+        for name, value in headers:
+            response.headers.add(name, value)
+
+
+def sum_up(request: Request, hits: Iterable[Hit]) -> Respond | None:
+    """What the buckets' verdicts mean together: refused by the one that takes longest, or told of
+    the one with the least left.
+    """
+    tightest: tuple[float, Hit] | None = None
+    refused: Hit | None = None
+    for hit in hits:
+        each, rate, verdict = hit
+        if each.rule.is_shadow:
+            if not verdict.is_allowed:
+                shadowed = request.notes.setdefault("rate_limit.shadow", [])
+                shadowed.append(f"{each.policy} {each.rule.name}")
+            continue
+        if not verdict.is_allowed and (
+            refused is None or verdict.retry_seconds > refused[2].retry_seconds
+        ):
+            refused = hit
+        share = verdict.remaining / max(1, rate.burst)
+        if each.advertised and (tightest is None or share < tightest[0]):
+            tightest = (share, hit)
+    if refused is not None:
+        return _refusal(*refused)
+    if tightest is not None:
+        request.notes[_NOTE] = _headers(*tightest[1])
+    return None
+
+
+def compile_policy(key: str, policy: RateLimitPolicy, buckets: MakeBuckets) -> list[LimitRule]:
+    """The rules of one policy. Raises ConfigError."""
     if policy.problem:
         raise ConfigError(policy.problem)
-    if policy.shared.kind != "Local":
-        raise ConfigError(f"limits shared through {policy.shared.kind} are not kept here")
     return [_compile_rule(key, policy, rule, buckets) for rule in policy.rules]
 
 
 def _compile_rule(
     key: str, policy: RateLimitPolicy, rule: RateLimitRule, buckets: MakeBuckets
-) -> _Rule:
+) -> LimitRule:
     if not 0 < rule.window_seconds <= _MOST_SECONDS:
         raise ConfigError("must be more than nothing, and a year at most", field="window")
     if rule.requests < 0 or rule.burst < 0 or rule.cost < 0:
@@ -161,7 +188,7 @@ def _compile_rule(
     def rate(requests: int) -> Rate:
         return Rate(requests, rule.window_seconds, rule.burst or max(1, requests))
 
-    return _Rule(
+    return LimitRule(
         policy=key,
         rule=rule,
         concerns=compile_condition(rule.condition),
@@ -195,7 +222,7 @@ def _part(part: RateLimitKey) -> Callable[[Request], str]:
             return lambda request: str((request.claims or {}).get(claim, ""))
 
 
-def _refusal(rule: _Rule, rate: Rate, verdict: gcra.Verdict) -> Respond:
+def _refusal(rule: LimitRule, rate: Rate, verdict: gcra.Verdict) -> Respond:
     headers: list[Pair] = list(_headers(rule, rate, verdict)) if rule.advertised else []
     if verdict.retry_seconds != gcra.NEVER:
         wait = max(1, math.ceil(verdict.retry_seconds))
@@ -212,7 +239,7 @@ def _refusal(rule: _Rule, rate: Rate, verdict: gcra.Verdict) -> Respond:
     )
 
 
-def _headers(rule: _Rule, rate: Rate, verdict: gcra.Verdict) -> tuple[Pair, ...]:
+def _headers(rule: LimitRule, rate: Rate, verdict: gcra.Verdict) -> tuple[Pair, ...]:
     name = rule.rule.name.replace("\\", "").replace('"', "").encode("ascii", "replace")
     window = max(1, math.ceil(rate.window_seconds))
     told = b'"%s";q=%d;w=%d' % (name, rate.requests, window)
