@@ -13,6 +13,7 @@ from mesh.model.l7_policy import RedactionRule
 from waypoint.filters.authorize import Authorize
 from waypoint.filters.chain import Filter, Request, Respond, Wait
 from waypoint.filters.cors import CorsFilter
+from waypoint.filters.ext_authz import ExternalAuthorization
 from waypoint.filters.fault import FaultFilter
 from waypoint.filters.jwt import Jwt
 from waypoint.filters.rate_limit.filter import RateLimits
@@ -40,6 +41,9 @@ def explain_filter(each: Filter, request: Request) -> tuple[Step, Respond | None
             return _step(
                 each, "not asked", reason=f"{each.where} counts, and nothing is taken"
             ), None
+        case ExternalAuthorization():
+            reason = "its authorizers would be asked where a rule matches"
+            return _step(each, "not asked", reason=reason), None
         case _:
             return _step(each, "not asked", reason="a custom filter decides by itself"), None
     if isinstance(verdict, Wait):
