@@ -2,6 +2,7 @@
 
     fault, cors             a rule's own: they answer before anybody is asked who they are, and
                             a preflight carries no credentials
+    AuthorizationPolicy CUSTOM  an external authorizer, asked before tokens are looked at
     RequestAuthentication   whose token it is, for what follows
     AuthorizationPolicy     whoever is denied costs nothing more
     RateLimitPolicy         only what is allowed is counted
@@ -21,11 +22,13 @@ from typing import Final, TypeVar
 
 from mesh.model.l7_policy import JwtRule, RateLimitPolicy, RateLimitRule, TrafficConfig
 from mesh.model.route import RouteFilter
+from waypoint.ask import ask
 from waypoint.filters import jwks
-from waypoint.filters.authorize import Authorize
+from waypoint.filters.authorize import Authorize, is_asked
 from waypoint.filters.chain import Filter
 from waypoint.filters.cors import CorsFilter
 from waypoint.filters.custom import CustomFilters
+from waypoint.filters.ext_authz import ExternalAuthorization
 from waypoint.filters.fault import FaultFilter, Random
 from waypoint.filters.jwt import Jwt, KeySource
 from waypoint.filters.rate_limit.filter import RateLimits
@@ -68,10 +71,12 @@ class Assembly:
         """The filters of one service, in their order."""
         configs = (everywhere, own) if own is not everywhere else (own,)
         found: list[Filter] = []
+        authorizations = [each for config in configs for each in config.authorizations]
+        if any(map(is_asked, authorizations)):
+            found.append(ExternalAuthorization(authorizations, ask))
         authentications = [each for config in configs for each in config.authentications]
         if authentications:
             found.append(Jwt(authentications, self._keys_of, self._clock))
-        authorizations = [each for config in configs for each in config.authorizations]
         if authorizations:
             explains = any(config.explains_denials for config in configs)
             found.append(Authorize(authorizations, explains_denials=explains))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -34,11 +35,13 @@ from waypoint.filters.chain import (
     Response,
     Wait,
 )
+from waypoint.filters.ext_authz import PLACE
 from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
 from waypoint.spans import RequestSpans
 from waypoint.streams import Downstream, Upstream
+from waypoint.upgraded import Upgraded
 
 if TYPE_CHECKING:
     from waypoint.inbound import Inbound
@@ -55,7 +58,7 @@ class Exchange:
     __slots__ = ("_body_in", "_body_out", "_budgeted", "_deadline", "_decided", "_done", "_down",
                  "_endpoint", "_excluded", "_filters", "_held", "_next_filter",
                  "_per_try", "_plan", "_scope", "_started", "_switched", "_timer", "_trailers",
-                 "_up", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
+                 "_up", "_upgraded", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
                  "is_request_done", "is_response_done", "policy", "reason", "request", "rule_name",
                  "spans", "started_at", "status", "tries",
                  "upgrade")  # fmt: skip
@@ -75,6 +78,7 @@ class Exchange:
         self._held: bytearray | None = bytearray()
         self._trailers: Sequence[Pair] = ()
         self._timer: Timer | None = None
+        self._upgraded: Upgraded | None = None
         self._per_try: Timer | None = None
         self._deadline = 0.0
         self._scope: Any = None
@@ -151,6 +155,8 @@ class Exchange:
         else:
             self._filters = traffic.filters
         self.spans = spans.begin(inbound.proxy.tracer, inbound, request)
+        if self.upgrade:
+            self._upgraded = Upgraded(self)
         self._filter(plan)
 
     def _set_client_identity(self, *, is_shown: bool) -> None:
@@ -217,6 +223,7 @@ class Exchange:
             self._scope = scope
             if self._done:
                 return
+            self.request.notes[PLACE] = self.inbound
             answer = await verdict.ask()
             self._scope = None
             if self._done:
@@ -382,6 +389,12 @@ class Exchange:
             self._cut()
         else:
             self._answer(respond)
+
+    def cut_by_policy(self, respond: Respond) -> None:
+        """Policy changed, and would not let this begin any more."""
+        respond = replace(respond, reason=f"policy changed: {respond.reason}")
+        self.rule_name = respond.rule
+        self._blocked(respond)
 
     def on_down_room(self) -> None:
         """The caller takes bytes again."""
@@ -641,6 +654,8 @@ class Exchange:
                 timer.cancel()
         if self._scope is not None:
             self._scope.cancel()
+        if self._upgraded is not None:
+            self._upgraded.end()
         up, self._up = self._up, None
         if up is not None and not (self.is_response_done and self.is_request_done):
             up.cancel()

@@ -72,7 +72,9 @@ def pair(lab: TestLab, flag: str) -> tuple[Received, Received]:
     inbound = [
         each
         for each in seen
-        if each.name == "ztunnel inbound" and each.attributes["response_flags"] == flag
+        if each.name == "ztunnel inbound"
+        and each.attributes["response_flags"] == flag
+        and each.attributes["istio.destination_workload"] == "echo"
     ]
     assert inbound
     outbound = [each for each in seen if each.span_id == inbound[-1].parent_id]

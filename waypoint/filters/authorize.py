@@ -63,7 +63,9 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class _Policy:
+class Compiled:
+    """One policy as tests. `problem`: it was not understood, and denies."""
+
     key: str
     rules: tuple[Filed, ...]
     problem: str
@@ -76,16 +78,29 @@ class _Policy:
         return None
 
 
+def is_asked(policy: L7Authorization) -> bool:
+    """Whether `waypoint.filters.ext_authz` asks for this policy, so that nothing is left here."""
+    provider = policy.provider
+    return (
+        policy.action == "CUSTOM"
+        and provider is not None
+        and provider.protocol == "http"
+        and not provider.max_body_bytes
+        and not policy.is_dry_run
+        and not policy.problem
+    )
+
+
 class Authorizer:
     """The policies of one service, in one object. Pure."""
 
     def __init__(self, policies: Iterable[L7Authorization]) -> None:
-        self._asked: list[_Policy] = []
-        self._denying: list[_Policy] = []
-        self._allowing: list[_Policy] = []
-        self._noting: list[tuple[str, _Policy]] = []
+        self._asked: list[Compiled] = []
+        self._denying: list[Compiled] = []
+        self._allowing: list[Compiled] = []
+        self._noting: list[tuple[str, Compiled]] = []
         for policy in policies:
-            made = _compile(policy)
+            made = compile_policy(policy)
             if policy.is_dry_run or policy.action == "AUDIT":
                 word = "AUDIT" if policy.action == "AUDIT" else f"dry-run {policy.action}"
                 self._noting.append((word, made))
@@ -142,7 +157,7 @@ class Authorize(PassingFilter):
         self, policies: Iterable[L7Authorization], *, explains_denials: bool = False
     ) -> None:
         policies = tuple(policies)
-        self._authorizer = Authorizer(policies)
+        self._authorizer = Authorizer(each for each in policies if not is_asked(each))
         self.connections = Authorizer(for_connections(policies))
         """Judges what is no HTTP, by what is known of it."""
         self._explains = explains_denials
@@ -172,10 +187,11 @@ class Authorize(PassingFilter):
 # -- from policies to functions --------------------------------------------------------------
 
 
-def _compile(policy: L7Authorization) -> _Policy:
+def compile_policy(policy: L7Authorization) -> Compiled:
+    """The tests of one policy."""
     key = f"{policy.namespace}/{policy.name}"
     if policy.problem:
-        return _Policy(key, (), policy.problem)
+        return Compiled(key, (), policy.problem)
     is_deny = policy.action != "ALLOW"
     try:
         rules = tuple(
@@ -188,8 +204,8 @@ def _compile(policy: L7Authorization) -> _Policy:
             for index, rule in enumerate(policy.rules)
         )
     except ConfigError as error:
-        return _Policy(key, (), f"it cannot be understood: {error}")
-    return _Policy(key, rules, "")
+        return Compiled(key, (), f"it cannot be understood: {error}")
+    return Compiled(key, rules, "")
 
 
 def _rule(rule: L7Rule, namespace: str, *, is_deny: bool) -> Test:

@@ -13,7 +13,13 @@ import struct
 import pytest
 import trio
 
-from mesh.model.l7_policy import L7Authorization, L7Condition, L7Rule
+from mesh.model.l7_policy import (
+    L7Authorization,
+    L7Condition,
+    L7Operation,
+    L7Rule,
+    TrafficConfig,
+)
 from tests.support.waypoints import Mesh, key, running_app, running_waypoint, service, traffic
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
@@ -224,3 +230,27 @@ async def test_a_policy_can_deny_upgrades() -> None:
         await stream.send_all(ASK + frame(TEXT, b"hi"))
         assert (await Reader(stream).head()).startswith(b"HTTP/1.1 403")
         assert server.heads == []
+
+
+async def test_an_open_one_ends_when_policy_would_refuse_it() -> None:
+    server = ChatServer()
+
+    def denying(path: str) -> TrafficConfig:
+        rule = L7Rule(operations=(L7Operation(paths=(path,)),))
+        policies = (L7Authorization("shop", "d", "DENY", (rule,)),)
+        return traffic("web", authorizations=policies)
+
+    async with (
+        running_app("web-1", key("web"), serve=server.serve) as app,
+        running_waypoint([service("web", 1), app.workload, denying("/other")]) as mesh,
+    ):
+        stream, reader = await join(mesh)
+        await mesh.control_plane.push(denying("/elsewhere"))
+        # Another connection is judged by what is in force now, this one goes on.
+        second, _ = await join(mesh)
+        await stream.send_all(frame(PING))
+        assert await reader.frame() == (PONG, True, b"")
+        await mesh.control_plane.push(denying("/chat"))
+        with pytest.raises((EOFError, trio.BrokenResourceError)):
+            await reader.frame()
+        await second.aclose()
