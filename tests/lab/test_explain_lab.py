@@ -212,12 +212,6 @@ def l7(lab: TestLab) -> Iterator[Path]:
     say(lab, "nothing")
     path = lab.directory / "95-l7.yaml"
     path.write_text(L7)
-    yield path
-    path.unlink()
-
-
-def test_a_request_through_a_waypoint(lab: TestLab, l7: Path) -> None:
-    path = l7
     applied = run(lab, "waypoint", "apply", "-n", "shop", "--wait")
     assert applied.returncode == 0, applied.stderr
     yield path
