@@ -244,10 +244,13 @@ class Tunnel:
         self._closed.set()
         self._answered.set()
         self.connection.unpark(self)
-        if not self._stream.closed:
-            self.connection.core.reset(self._stream, h2.CANCEL)
+        stream = self._stream
+        # One whose both ends have been told is closed by the core right after this: an RST_STREAM
+        # would be one more record to send and to read for every connection, and say nothing.
+        if not (stream.closed or (stream.local_ended and stream.remote_ended)):
+            self.connection.core.reset(stream, h2.CANCEL)
             self.connection.touch()
-        self._stream.owner = None  # no cycle left for the collector
+        stream.owner = None  # no cycle left for the collector
 
     # ---- for the connection
 

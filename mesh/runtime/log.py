@@ -11,27 +11,40 @@ worker thread writes it out in batches, and lines that find it full are counted 
 
 from __future__ import annotations
 
+import importlib
 import json as json_module
 import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, TextIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 import trio
 
-if "rich" in sys.modules:
+
+def _import_structlog() -> ModuleType:
+    """structlog without what it takes wherever it finds it and a JSON log never uses: rich for its
+    tracebacks (4 MiB in every daemon) and asyncio for its `alog` methods (2 MiB).
+    """
+    # None makes the import of rich fail, and structlog does without.
+    standins = {"rich": None, "asyncio": ModuleType("asyncio")}
+    missing = [name for name in standins if name not in sys.modules]
+    for name in missing:
+        sys.modules[name] = standins[name]  # type: ignore[assignment]
+    try:
+        return importlib.import_module("structlog")
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+if TYPE_CHECKING:
     import structlog
 else:
-    # structlog takes rich for its tracebacks wherever it finds it: 4 MiB in every daemon for what
-    # a JSON log never uses. None makes the import fail, and structlog does without.
-    sys.modules["rich"] = None  # type: ignore[assignment]
-    try:
-        import structlog
-    finally:
-        del sys.modules["rich"]
+    structlog = _import_structlog()
 
 REDACTED = "[redacted]"
 _SECRET_KEY = re.compile(

@@ -17,6 +17,7 @@ import trio
 from mesh.hbone.connection import Tunnel
 from mesh.hbone.head import ConnectHead
 from mesh.http import h2_frames as h2
+from mesh.http.h2_core import H2Core
 from tests.support.tunnels import Link, open_link, tcp_pair
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
@@ -54,8 +55,18 @@ _ORDERS = [
 
 @pytest.mark.parametrize("paced", [True, False])
 @pytest.mark.parametrize("order", _ORDERS, ids="-".join)
-async def test_half_close_in_every_order(order: tuple[str, ...], paced: bool) -> None:
+async def test_half_close_in_every_order(
+    order: tuple[str, ...], paced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six orders of write and shutdown of two sides, stepwise and at once: twelve."""
+    arrived: list[int] = []
+    control_arrived = H2Core.control_arrived
+
+    def note(core: H2Core, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        arrived.append(kind)
+        control_arrived(core, kind, flags, stream_id, payload)
+
+    monkeypatch.setattr(H2Core, "control_arrived", note)
     async with open_link() as link:
         near, far, tunnel, served = await link.pipe()
         for step in order:
@@ -75,6 +86,10 @@ async def test_half_close_in_every_order(order: tuple[str, ...], paced: bool) ->
         assert link.client.tunnel_count == 0
         assert link.servers[0].tunnel_count == 0
         assert link.client.is_usable
+        # What either side had still to say of that tunnel comes before what it says of the next.
+        await link.pipe()
+        assert h2.SETTINGS in arrived
+        assert h2.RST_STREAM not in arrived, "an orderly end needs no reset"
 
 
 @pytest.mark.parametrize("cutter", ["near", "far"])

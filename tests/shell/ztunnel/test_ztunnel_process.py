@@ -39,7 +39,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[3]
 RESIDENT_LIMIT_KIB = 60 * 1024
-FORBIDDEN = ("kubernetes", "grpc", "pyroute2", "pydantic")
+FORBIDDEN = ("kubernetes", "grpc", "pyroute2", "pydantic", "asyncio", "rich")
 
 
 def test_the_process_does_not_import_what_is_heavy() -> None:
