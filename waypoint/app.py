@@ -41,6 +41,7 @@ from mesh.runtime.admin import (
 from mesh.runtime.http_metrics import HttpMetrics
 from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tracing import open_tracer
+from mesh.runtime.tracing.attributes import resource
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.sockets import open_listener
 from mesh.xds.client import NodeInfo, run_xds
@@ -138,17 +139,14 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
 
 
 def _described(config: WaypointConfig) -> dict[str, str]:
-    """This waypoint as a resource of OpenTelemetry."""
-    facts = {
-        "service.version": __version__,
-        "service.instance.id": config.pod_name,
-        "k8s.pod.name": config.pod_name,
-        "k8s.namespace.name": config.pod_namespace,
-        "k8s.node.name": config.node_name,
-        "k8s.cluster.name": config.cluster_id,
-        "ambit.gateway": config.gateway,
-    }
-    return {name: value for name, value in facts.items() if value}
+    return resource(
+        version=__version__,
+        pod=config.pod_name,
+        namespace=config.pod_namespace,
+        node=config.node_name,
+        cluster=config.cluster_id,
+        **{"ambit.gateway": config.gateway},
+    )
 
 
 def _endpoints(config: WaypointConfig) -> tuple[Endpoint, Endpoint]:

@@ -164,7 +164,8 @@ class Exchange:
         headers = self.request.headers
         headers.pairs = [each for each in headers.pairs if not heads.is_client_certificate(each[0])]
         if is_shown:
-            headers.add(heads.CLIENT_CERTIFICATE, self.inbound.client_certificate)
+            inbound = self.inbound
+            headers.add(*heads.client_certificate(inbound.proxy.identity, inbound.source))
 
     def hides(self) -> bool:
         """Whether `hide` may change anything."""

@@ -105,8 +105,7 @@ class Explainer:
             return None
         pairs = [each for each in head.pairs if not heads.is_client_certificate(each[0])]
         if traffic.config.shows_client_identity:
-            shown = f"By={self._proxy.identity};URI={asked.source}".encode()
-            pairs.append((heads.CLIENT_CERTIFICATE, shown))
+            pairs.append(heads.client_certificate(self._proxy.identity, asked.source))
         return Request(
             method=head.method, scheme=head.scheme, authority=head.authority, path=path,
             query=head.query or b"", headers=Headers(pairs), source=asked.source,

@@ -93,8 +93,6 @@ def _fault(each: FaultFilter) -> tuple[Step, Respond | None]:
 
 def _limits(each: RateLimits, request: Request) -> tuple[Step, Respond | None]:
     verdict, asked = each.rehearse(request)
-    if isinstance(verdict, Wait):
-        return _step(each, "not asked", reason="its limits are shared: their store counts"), None
     step = _refused(each, verdict) if verdict is not None else _step(each, "passes")
     step["limits"] = [
         {

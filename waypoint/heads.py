@@ -7,6 +7,7 @@ from typing import Protocol
 
 from mesh.http.trace_context import NAMES as _TRACED
 from mesh.http.trace_context import TraceContext, read_context, with_context
+from mesh.identity import SpiffeId
 from mesh.model.route import HeaderChange, PathChange, Redirect
 from waypoint.filters.chain import FRAMING, Headers, Pair, Request, Respond, Response
 
@@ -44,6 +45,11 @@ def is_grpc(content_type: bytes) -> bool:
 def is_client_certificate(name: bytes) -> bool:
     """Whether a field says who the caller is, in a spelling that some server takes for it."""
     return name in CLAIMS
+
+
+def client_certificate(own: SpiffeId, caller: SpiffeId) -> Pair:
+    """What says who calls, as Envoy writes it."""
+    return CLIENT_CERTIFICATE, f"By={own};URI={caller}".encode()
 
 
 def local_response(request: Request, respond: Respond) -> Response:

@@ -102,11 +102,6 @@ class Inbound:
         """Its uid."""
         return self.target.workload.uid if self.target.workload is not None else ""
 
-    @property
-    def client_certificate(self) -> bytes:
-        """What `x-forwarded-client-cert` says of the caller, as Envoy writes it."""
-        return f"By={self.proxy.identity};URI={self.source}".encode()
-
     def traffic(self) -> Traffic:
         """What is done for the target, as of now."""
         store = self.proxy.traffic

@@ -30,6 +30,7 @@ from mesh.runtime import lifecycle, log, metrics
 from mesh.runtime.admin import Readiness, metrics_app, readiness_app
 from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tracing import Tracer, open_tracer
+from mesh.runtime.tracing.attributes import resource
 from mesh.secrets import SecretManager, fetch_certificate
 from mesh.xds.client import TYPES, NodeInfo, run_xds
 from mesh.xds.endpoint import Endpoint, parse_address
@@ -95,16 +96,13 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
 
 
 def _described(config: ZtunnelConfig) -> dict[str, str]:
-    """This proxy as a resource of OpenTelemetry."""
-    facts = {
-        "service.version": __version__,
-        "service.instance.id": config.pod_name,
-        "k8s.pod.name": config.pod_name,
-        "k8s.namespace.name": config.pod_namespace,
-        "k8s.node.name": config.node_name,
-        "k8s.cluster.name": config.cluster_id,
-    }
-    return {name: value for name, value in facts.items() if value}
+    return resource(
+        version=__version__,
+        pod=config.pod_name,
+        namespace=config.pod_namespace,
+        node=config.node_name,
+        cluster=config.cluster_id,
+    )
 
 
 def _endpoints(config: ZtunnelConfig) -> tuple[Endpoint, Endpoint]:

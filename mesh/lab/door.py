@@ -3,8 +3,9 @@
 The lab has no way out, by design. Who asks for traces at `localhost` means the machine's, so a
 small process stays behind in the caller's network namespace and opens connections to that one
 address, when the lab asks; their descriptors go through a unix socket. On each node the same
-port of loopback leads there (`mesh.lab.doorway`), so the address is the same inside. Nothing
-else passes. No trio here: the process that forks must not have it.
+port of loopback leads there (`mesh.lab.doorway`), so the address is the same inside; the same port
+of the node's own address does for its pods. Nothing else passes. No trio here: the process that
+forks must not have it.
 """
 
 from __future__ import annotations

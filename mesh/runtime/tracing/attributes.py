@@ -1,4 +1,4 @@
-"""Attributes that spans of every proxy share: Istio's words for workloads. Pure."""
+"""What spans of every proxy share: their maker, and Istio's words for workloads. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from typing import TypeAlias
 from mesh.model.workload import Workload
 
 Attribute: TypeAlias = str | int | float | bool
+
+
+def resource(
+    *, version: str, pod: str, namespace: str, node: str, cluster: str, **more: str
+) -> dict[str, str]:
+    """A proxy as a resource of OpenTelemetry; what is not known is left out."""
+    facts = {
+        "service.version": version,
+        "service.instance.id": pod,
+        "k8s.pod.name": pod,
+        "k8s.namespace.name": namespace,
+        "k8s.node.name": node,
+        "k8s.cluster.name": cluster,
+        **more,
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def party(side: str, workload: Workload | None, identity: str) -> dict[str, Attribute]:

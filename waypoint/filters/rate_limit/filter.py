@@ -108,19 +108,12 @@ class RateLimits(PassingFilter):
         """Take from the buckets, or refuse."""
         return self._judge(request, self._rules)
 
-    def _judge(self, request: Request, rules: Iterable[LimitRule]) -> Verdict:
+    def _judge(self, request: Request, rules: Iterable[LimitRule]) -> Respond | None:
         if self._broken is not None:
             return self._broken
-        hits = []
-        for each in rules:
-            if each.concerns(request):
-                key = each.key_of(request)
-                rate = each.rate_of(key)
-                verdict = each.buckets.hit(key, request.now, rate, each.cost_of(request))
-                hits.append((each, rate, verdict))
-        return sum_up(request, hits)
+        return sum_up(request, take(request, [each for each in rules if each.concerns(request)]))
 
-    def rehearse(self, request: Request) -> tuple[Verdict, list[Asked]]:
+    def rehearse(self, request: Request) -> tuple[Respond | None, list[Asked]]:
         """What `on_request` would say, by itself, and of which buckets; nothing is taken."""
         played = [(each, Rehearsal(each.buckets)) for each in self._rules]
         verdict = self._judge(request, [replace(each, buckets=own) for each, own in played])
@@ -141,6 +134,26 @@ def add_headers(request: Request, response: Response) -> None:
     if headers is not None and response.headers.get(b"ratelimit") is None:
         for name, value in headers:
             response.headers.add(name, value)
+
+
+def take(request: Request, rules: Iterable[LimitRule], replicas: int = 1) -> list[Hit]:
+    """From the buckets here of rules that concern a request, as one of so many replicas."""
+    hits = []
+    for each in rules:
+        key = each.key_of(request)
+        rate = share_of(each.rate_of(key), replicas)
+        verdict = each.buckets.hit(key, request.now, rate, each.cost_of(request))
+        hits.append((each, rate, verdict))
+    return hits
+
+
+def share_of(rate: Rate, replicas: int) -> Rate:
+    """What one of `replicas` may let pass of a rate: as often, in a window as many times longer."""
+    if replicas <= 1:
+        return rate
+    return replace(
+        rate, window_seconds=rate.window_seconds * replicas, burst=max(1, rate.burst // replicas)
+    )
 
 
 def sum_up(request: Request, hits: Iterable[Hit]) -> Respond | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mesh.errors import ConfigError, Unavailable
 from mesh.model.l7_policy import RateLimitPolicy
@@ -20,6 +19,7 @@ from waypoint.filters.rate_limit.filter import (
     compile_policy,
     new_buckets,
     sum_up,
+    take,
 )
 from waypoint.filters.rate_limit.gcra import Rate
 from waypoint.filters.rate_limit.local import Key
@@ -100,23 +100,9 @@ class SharedRateLimits(PassingFilter):
                     grpc_status=GRPC_UNAVAILABLE,
                 )
             case "LocalShare":
-                hits = []
-                for each in rules:
-                    key = each.key_of(request)
-                    rate = share_of(each.rate_of(key), shared.replicas)
-                    cost = each.cost_of(request)
-                    hits.append((each, rate, each.buckets.hit(key, request.now, rate, cost)))
-                return sum_up(request, hits)
+                return sum_up(request, take(request, rules, shared.replicas))
 
     def on_response(self, request: Request, response: Response) -> Respond | None:
         """As local limits do."""
         add_headers(request, response)
         return None
-
-
-def share_of(rate: Rate, replicas: int) -> Rate:
-    """What one of `replicas` may let pass of a rate: as often, in a window as many times longer."""
-    count = max(1, replicas)
-    return replace(
-        rate, window_seconds=rate.window_seconds * count, burst=max(1, rate.burst // count)
-    )

@@ -149,11 +149,13 @@ def check_cloud_key(view: bytes, start: int, end: int) -> Found:
     if text.startswith((b"AccountKey=", b"SharedAccessKey=")):
         return start + text.index(b"=") + 1, end
     secret = _SECRET.fullmatch(text)
-    if secret is None or text.startswith(b"gh"):
+    if secret is None:
         return start, end
     value = secret[1]
     start, end = start + secret.start(1), start + secret.end(1)
     before = view[max(0, start - CONTEXT_BYTES) : start]
+    if value.startswith(b"gh"):
+        return start, end
     is_mixed = value != value.lower() and value != value.upper() and re.search(rb"\d", value)
     return (start, end) if is_mixed and _AWS_NAME.search(before) else start + 1
 

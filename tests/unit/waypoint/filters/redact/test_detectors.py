@@ -26,6 +26,7 @@ def token(header: object) -> str:
     return f"{part(header)}.{part({'sub': '1'})}.c2lnbmF0dXJl"
 
 
+OLD_GITHUB = "gh" + "a1B2" * 9 + "c3"
 GOOGLE = "AIza" + "Sy0123456789" * 2 + "abcdefghijk"
 TAKEN: list[tuple[DetectorKind, str, str]] = [
     ("email", "mail <Bob.Smith+tag@Mail.Example.co.uk>, ok", "Bob.Smith+tag@Mail.Example.co.uk"),
@@ -87,6 +88,7 @@ TAKEN: list[tuple[DetectorKind, str, str]] = [
         "/jCY1rbNvIWWdB/eChw1CS+8Nh74vRMPjjqS35E/", "+fb7+q3hTUi9Mxf4K4ie3EuKeMiupWVcyAAzKgq1",
         "gFWilj1o47Lrwy+PI8RJ7PJCc0ZjcVe8CKeF+zQ+",
     )),
+    ("cloud-key", f"{OLD_GITHUB}, {OLD_GITHUB[2:]}", OLD_GITHUB),
     ("cloud-key", f"k={GOOGLE}&", GOOGLE),
     ("cloud-key", "xoxb-" + "123456789012-abcdef", "xoxb-" + "123456789012-abcdef"),
 ]  # fmt: skip
