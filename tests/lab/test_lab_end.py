@@ -11,6 +11,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from mesh.errors import ConfigError, Unavailable
 from mesh.lab.control import LabClient, list_labs
 from mesh.lab.launch import LabSettings, start
 from tests.support.bare_labs import CALLER, MODES, PROGRAMS, BareLab, lab_of
+from tests.support.labs import eventually
+from tests.support.tree import ROOT
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(90)]
 
@@ -124,3 +128,26 @@ def test_a_lab_that_is_not_there(tmp_path: Path) -> None:
         LabClient("absent").status()
     with pytest.raises(ConfigError, match="no such directory"):
         start(LabSettings(tmp_path / "absent", name="absent"))
+
+
+def test_a_lab_of_tests_ends_with_them(tmp_path: Path) -> None:
+    """Whoever kills the tests has not to look for their labs."""
+    name = f"test-{os.getpid()}-orphan"
+    code = f"""
+import pathlib, signal
+from tests.support.labs import running_lab
+with running_lab(pathlib.Path({str(tmp_path)!r}), "--nodes", "1", name={name!r}, settled=False):
+    print("up", flush=True)
+    signal.pause()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as tests:
+        assert tests.stdout is not None
+        assert tests.stdout.readline() == b"up\n"
+        assert name in [found.name for found in list_labs(uid=os.getuid())]
+        tests.kill()
+    eventually(lambda: _is_gone(name), seconds=30)
+
+
+def _is_gone(name: str) -> None:
+    assert name not in [found.name for found in list_labs(uid=os.getuid())]

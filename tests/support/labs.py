@@ -78,7 +78,9 @@ def running_lab(
     `under` is a command to run it by; `settled=False` does not wait for daemons and pods.
     """
     name = name or f"test-{os.getpid()}-{directory.name[-8:].strip('_-').lower()}"
-    command = [*under, sys.executable, "-m", "mesh.cli", "lab", "up", "--name", name]
+    # Whoever kills these tests does not leave their labs behind.
+    command = [*under, "setpriv", "--pdeathsig", "TERM"]
+    command += [sys.executable, "-m", "mesh.cli", "lab", "up", "--name", name]
     command += ["--dir", str(directory), *arguments]
     with tempfile.NamedTemporaryFile(prefix="ambit-test-lab-") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -88,6 +90,8 @@ def running_lab(
             def up() -> None:
                 assert process.poll() is None, Path(log.name).read_text(errors="replace")
                 assert client.is_up()
+                # Not one that somebody else has up under this name.
+                assert client.status()["directory"] == os.path.realpath(directory)
 
             eventually(up, seconds=30)
             lab = TestLab(client, process, directory, Path(log.name))
