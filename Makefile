@@ -4,10 +4,10 @@ ARGS ?=
 PYTHON_BIN := .venv/bin/python
 CONFIGS := istiod_lite.config netconfig.config waypoint.config ztunnel.config
 
-.PHONY: help demo test check kube bench fmt docs manifests lock
+.PHONY: help demo test check kube compile bench fmt docs manifests lock
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## the whole mesh on this machine, told step by step
 	@.ci/setup demo
@@ -26,8 +26,13 @@ kube: ## build a kube-apiserver (once; needs Go) and run the tests that want one
 	@test -n "$$AMBIT_KUBECONFIG" || tests/kube/build
 	@$(PYTHON_BIN) -m pytest tests/kube $(ARGS)
 
-bench: ## the numbers of docs/performance.md
+compile: ## the data path as machine code, into .compiled/ (needs a C compiler); daemons then use it
 	@.ci/setup test
+	@.ci/compile
+
+bench: ## the numbers of docs/performance.md, of compiled modules where there is a C compiler
+	@.ci/setup test
+	@.ci/compile || true
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(PYTHON_BIN) $$bench $(ARGS) || exit 1; done
 
 fmt: ## format and sort imports

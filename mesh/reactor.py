@@ -20,7 +20,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -353,10 +353,12 @@ async def _find_trio(alarm: _Alarm, ours: int) -> int | None:
     return next((fd for fd in _watchers(alarm.fd) if fd != ours), None)
 
 
-def _watchers(watched: int) -> Iterator[int]:
+def _watchers(watched: int) -> list[int]:
     """The epoll objects of this process that have `watched` among their descriptors."""
+    found = []
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc/self/fdinfo"):
             with contextlib.suppress(FileNotFoundError), open(f"/proc/self/fdinfo/{name}") as info:
                 if any(line.split()[:2] == ["tfd:", str(watched)] for line in info):
-                    yield int(name)
+                    found.append(int(name))
+    return found

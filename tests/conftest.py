@@ -1,7 +1,8 @@
 """What every test may use: the hypothesis profiles, the descriptor-leak fixture, and the closing
 section `not run here`, which names each test that this machine could not run and why.
 
-A skip without a reason fails the run: nothing is left out silently.
+A skip without a reason fails the run: nothing is left out silently. With AMBIT_COMPILED=require
+everything runs on the compiled modules (mesh/compiled.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from mesh import compiled
+
+if os.environ.get(compiled.SWITCH) == "require":
+    # Then the tests themselves, too: otherwise only the daemons that they start.
+    compiled.use()
 
 # Deadline-free, because two shared cores say nothing about a slow example.
 settings.register_profile(

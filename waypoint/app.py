@@ -24,7 +24,7 @@ from typing import Any
 
 import trio
 
-from mesh import __version__
+from mesh import __version__, compiled
 from mesh.errors import ConfigError, KernelError
 from mesh.model.store import Changed
 from mesh.reactor import Reactor
@@ -69,6 +69,7 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
 
     If cancelled: every connection is cut.
     """
+    _log.info("starting", version=__version__, compiled=compiled.in_use)
     lifecycle.raise_file_limit()
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("waypoint", __version__)
@@ -297,3 +298,10 @@ def _report_bug(error: Exception, where: object) -> None:
 
 def _now() -> float:
     return datetime.now(UTC).timestamp()
+
+
+def run() -> int:
+    """The daemon, until it ends; its exit code."""
+    return lifecycle.start(
+        "waypoint", WaypointConfig, main, grace_seconds=lambda config: config.drain_seconds + 1.0
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import weakref
 from typing import TYPE_CHECKING
 
 import trio
@@ -34,7 +33,7 @@ class Dialler:
 
     def __init__(self, proxy: Proxy, nursery: trio.Nursery) -> None:
         self._proxy = proxy
-        self._sockets: weakref.WeakSet[SocketTransport] = weakref.WeakSet()
+        self._sockets: set[SocketTransport] = set()
         self.pool = Pool(self._dial_tunnels, nursery, max_streams=proxy.config.pool_max_streams)
 
     async def dial(
@@ -52,9 +51,7 @@ class Dialler:
         with trio.move_on_after(seconds):
             if workload.tunnel_protocol is not TunnelProtocol.HBONE:
                 sock = await _connect(SocketAddress(ip, candidate.port))
-                transport = SocketTransport(proxy.reactor, sock)
-                self._sockets.add(transport)
-                return transport
+                return SocketTransport(proxy.reactor, sock, self._sockets)
             key = PoolKey(
                 source=proxy.identity,
                 expected=frozenset({workload.identity}),

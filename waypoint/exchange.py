@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from mesh.errors import Refusal
-from mesh.http import h1
+from mesh.http.h1_heads import RequestHead
 from waypoint import deadline, heads, spans
 from waypoint.filters.chain import (
     Blocked,
@@ -95,7 +95,7 @@ class Exchange:
 
     # ---- the beginning
 
-    def start_h1(self, head: h1.RequestHead, *, ends: bool) -> None:
+    def start_h1(self, head: RequestHead, *, ends: bool) -> None:
         """A request over HTTP/1.1."""
         self.upgrade = head.upgrade
         headers = Headers(head.pairs, head.lines)

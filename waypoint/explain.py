@@ -9,7 +9,7 @@ not ours, is said not to have been asked, and what follows it is then not certai
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.errors import ConfigError, Refusal, RemoteProtocolError
 from mesh.hbone.head import Authority, parse_authority
 from mesh.http import h1
+from mesh.http.h1_heads import RequestHead
 from mesh.identity import SpiffeId
 from mesh.model.balancing import find_candidates
 from mesh.model.service import AppProtocol
@@ -44,7 +45,7 @@ class _Asked:
     source: SpiffeId
     ip: str
     authority: Authority
-    head: h1.RequestHead
+    head: RequestHead
 
 
 class Explainer:
@@ -209,7 +210,7 @@ def _read(query: Mapping[str, str]) -> _Asked:
 
 def _copy(request: Request) -> Request:
     """Filters change what they are shown."""
-    copied = copy.copy(request)
+    copied = dataclasses.replace(request)
     copied.headers, copied.notes = Headers(list(request.headers.pairs)), {}
     return copied
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h1
+from mesh.http.h1_heads import RequestHead
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Pair, Response
 from waypoint.idle import Expirable, Kind, Mark
@@ -40,7 +41,7 @@ class H1Down:
         self._transport = transport
         self._state = _HEAD
         self._buffer = b""
-        self._head: h1.RequestHead | None = None
+        self._head: RequestHead | None = None
         self._chunks: h1.ChunkReader | None = None
         self._left = 0
         self._exchange: Exchange | None = None

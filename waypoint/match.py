@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import re2
@@ -25,24 +24,36 @@ Check = Callable[["_Features"], bool]
 _EXACT, _PREFIX, _REGEX, _GRPC_METHOD = range(4)
 
 
-@dataclass(frozen=True, slots=True)
 class _Entry(Generic[T]):
-    rank: int
-    value: T
-    checks: tuple[Check, ...]
+    __slots__ = ("checks", "rank", "value")
+
+    def __init__(self, rank: int, value: T, checks: tuple[Check, ...]) -> None:
+        self.rank = rank
+        self.value = value
+        self.checks = checks
 
 
-@dataclass(slots=True)
 class _Group(Generic[T]):
     """Matches that look at the same things; `kind` and `depth` say how they look at the path."""
 
-    kind: int
-    depth: int
-    has_method: bool
-    headers: tuple[bytes, ...]
-    queries: tuple[bytes, ...]
-    first: int
-    entries: dict[tuple[Any, ...], list[_Entry[T]]] = field(default_factory=dict)
+    __slots__ = ("depth", "entries", "first", "has_method", "headers", "kind", "queries")
+
+    def __init__(
+        self,
+        kind: int,
+        depth: int,
+        has_method: bool,
+        headers: tuple[bytes, ...],
+        queries: tuple[bytes, ...],
+        first: int,
+    ) -> None:
+        self.kind = kind
+        self.depth = depth
+        self.has_method = has_method
+        self.headers = headers
+        self.queries = queries
+        self.first = first
+        self.entries: dict[tuple[Any, ...], list[_Entry[T]]] = {}
 
 
 class _Features:

@@ -233,16 +233,20 @@ class TunnelTransport:
 
 
 class SocketTransport:
-    """A connected non-blocking socket, owned and closed here."""
+    """A connected non-blocking socket, owned and closed here; in `open_ones` until then."""
 
-    __slots__ = ("__weakref__", "_closing", "_ending", "_events", "_fd", "_pending", "_reactor",
+    __slots__ = ("_closing", "_ending", "_events", "_fd", "_open", "_pending", "_reactor",
                  "_sock", "codec", "is_closed")  # fmt: skip
 
     codec: Codec
 
-    def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
+    def __init__(
+        self, reactor: Reactor, sock: socket.socket, open_ones: set[SocketTransport]
+    ) -> None:
         self._reactor = reactor
         self._sock = sock
+        self._open = open_ones
+        open_ones.add(self)
         self._fd = sock.fileno()
         self._events = READABLE
         self._pending: bytearray | None = None
@@ -325,6 +329,7 @@ class SocketTransport:
     def _release(self, *, in_order: bool) -> None:
         self._closing = False
         self._pending = None
+        self._open.discard(self)
         self._reactor.remove(self._fd)
         if in_order:
             end_on_close(self._sock)

@@ -7,7 +7,7 @@ beginnings, and a token that ends later was good when it was shown.
 
 from __future__ import annotations
 
-from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from waypoint.filters.authorize import Authorize
@@ -25,7 +25,7 @@ class Upgraded:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._request: Request = copy(exchange.request)
+        self._request: Request = replace(exchange.request)
         self._request.headers = Headers(list(exchange.request.headers.pairs))
         self._judged_by: Traffic = exchange.inbound.traffic()
         exchange.inbound.pipes.add(self)
@@ -42,7 +42,7 @@ class Upgraded:
         self._judged_by = traffic
         for each in traffic.filters:
             if isinstance(each, Authorize):
-                request = copy(self._request)
+                request = replace(self._request)
                 request.notes = {}
                 known = self._exchange.request  # what the token said came later
                 request.claims, request.principal = known.claims, known.principal

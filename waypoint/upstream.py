@@ -316,7 +316,7 @@ class Upstreams:
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._endpoints: dict[tuple[str, int, str, int], Endpoint] = {}
-        self._backends: dict[tuple[str, int], BackendState] = {}
+        self._backends: dict[tuple[str, int], BackendState[Endpoint]] = {}
 
     def choose(
         self,
@@ -354,7 +354,7 @@ class Upstreams:
         self._proxy.counters.shed.labels(bound).inc()
         return Refusal("UO", reason, http_status=503)
 
-    def _backend(self, service: str, port: int, inbound: Inbound) -> BackendState:
+    def _backend(self, service: str, port: int, inbound: Inbound) -> BackendState[Endpoint]:
         key = (service, port) if service else (inbound.workload_uid, -port)
         backend = self._backends.get(key)
         if backend is None:
@@ -365,7 +365,9 @@ class Upstreams:
             self._refresh(backend, service, port, inbound)
         return backend
 
-    def _refresh(self, backend: BackendState, service: str, port: int, inbound: Inbound) -> None:
+    def _refresh(
+        self, backend: BackendState[Endpoint], service: str, port: int, inbound: Inbound
+    ) -> None:
         proxy = self._proxy
         if not service:
             workload = inbound.workload

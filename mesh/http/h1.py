@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h1_lines
+from mesh.http.h1_heads import Pair, RequestHead, ResponseHead
 from mesh.http.trailers import safe_trailers
-
-Pair = tuple[bytes, bytes]
 
 MAX_HEAD: Final = 64 << 10
 MAX_FIELDS: Final = 128
@@ -48,46 +46,6 @@ _STATUS_LINES: Final = {
     status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode())
     for status in HTTPStatus
 }
-
-
-@dataclass(slots=True)
-class RequestHead:
-    """A request head. Names are lower case; hop-by-hop fields are gone from `pairs`, `host` too.
-
-    `length` is the body's, None when it is chunked. `upgrade` is the protocol asked for.
-    """
-
-    method: bytes
-    path: bytes
-    query: bytes | None
-    authority: bytes
-    scheme: bytes
-    pairs: list[Pair]
-    length: int | None
-    keeps_alive: bool
-    is_http10: bool
-    upgrade: bytes
-    expects_continue: bool
-    takes_trailers: bool
-    lines: list[bytes] = field(default_factory=list)
-    """`pairs` as they are sent on, one line each."""
-
-    @property
-    def has_body(self) -> bool:
-        """Whether anything follows the head."""
-        return self.length != 0
-
-
-@dataclass(slots=True)
-class ResponseHead:
-    """A response head, as `RequestHead`. `length` -1: until the connection ends."""
-
-    status: int
-    pairs: list[Pair]
-    length: int | None
-    keeps_alive: bool
-    upgrade: bytes
-    lines: list[bytes] = field(default_factory=list)
 
 
 def parse_request(data: bytes) -> tuple[RequestHead, int] | None:

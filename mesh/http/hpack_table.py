@@ -157,12 +157,17 @@ def _encode_length(length: int) -> bytes:
     return encode_integer(length, 7, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, init=False)
 class Block:
     """A decoded block; `problem` says why it is malformed (RFC 9113 section 8.2), or ""."""
 
     pairs: tuple[Pair, ...]
     problem: str
+
+    # Written out: one that dataclasses make is not compiled, and this is made for each head.
+    def __init__(self, pairs: tuple[Pair, ...], problem: str) -> None:
+        self.pairs = pairs
+        self.problem = problem
 
 
 def find_problem(pairs: Iterable[Pair]) -> str:

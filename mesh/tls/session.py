@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+from typing import Any
 
 import trio
 
@@ -76,7 +77,8 @@ class TlsSession:
         self._in_bio = ssl.MemoryBIO()
         self._out_bio = ssl.MemoryBIO()
         self._ssl = context.wrap_bio(self._in_bio, self._out_bio, server_side=server_side)
-        self._read = self._ssl.read
+        # typeshed says bytes; into a buffer it gives a count.
+        self._read: Any = self._ssl.read
         self._write = self._ssl.write
         self._out: memoryview | None = None
         self.peer_closed = False
@@ -162,13 +164,13 @@ class TlsSession:
         read, in_bio = self._read, self._in_bio
         offset = 0
         try:
-            count: int = read(RECORD, PLAIN)  # type: ignore[assignment]
+            count: int = read(RECORD, PLAIN)
             if not count:
                 self.peer_closed = True
                 return 0, False
             offset = count
             while in_bio.pending and offset < READ_SIZE:
-                count = read(RECORD, PLAIN[offset : offset + RECORD])  # type: ignore[assignment]
+                count = read(RECORD, PLAIN[offset : offset + RECORD])
                 if not count:
                     self.peer_closed = True
                     return offset, False

@@ -9,8 +9,9 @@ passed over as long as others are left.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Generic, Protocol, TypeVar
 
+from mesh.model.balancing import Candidate
 from mesh.model.route import DEFAULT_BACKEND, BackendSettings
 from waypoint.balance import session as sessions
 from waypoint.balance.budget import RetryBudget
@@ -18,9 +19,6 @@ from waypoint.balance.ring import Ring
 from waypoint.balance.session import AFFINITY, Session
 from waypoint.filters.chain import Request
 from waypoint.match import first_parameter
-
-if TYPE_CHECKING:
-    from waypoint.upstream import Endpoint
 
 
 class Clock(Protocol):
@@ -47,7 +45,28 @@ class Random(Protocol):
         ...
 
 
-class BackendState:
+class Drawn(Protocol):
+    """What the choice looks at: the part of an `upstream.Endpoint` used here."""
+
+    active: int
+    ejected_until: float
+    turn: int
+
+    @property
+    def candidate(self) -> Candidate:
+        """Where it is."""
+        ...
+
+    @property
+    def load(self) -> float:
+        """Expected work before a new request is through."""
+        ...
+
+
+E = TypeVar("E", bound=Drawn)
+
+
+class BackendState(Generic[E]):
     """See the module. `settings` and `endpoints` change by `update`."""
 
     __slots__ = ("_clock", "_key", "_limits", "_ring", "_rng", "_session", "_tokens",
@@ -60,16 +79,16 @@ class BackendState:
         self._rng = rng
         self._limits = DEFAULT_BACKEND.limits
         self._session: Session | None = None
-        self._ring: Ring[Endpoint] | None = None
-        self._tokens: dict[Session, dict[bytes, Endpoint]] = {}
+        self._ring: Ring[E] | None = None
+        self._tokens: dict[Session, dict[bytes, E]] = {}
         self.budget = RetryBudget(self._limits)
-        self.endpoints: Sequence[Endpoint] = ()
+        self.endpoints: Sequence[E] = ()
         self.has_affinity = False
         self.reason = ""
         self.settings: BackendSettings = DEFAULT_BACKEND
         self.version = -1
 
-    def update(self, endpoints: Sequence[Endpoint], settings: BackendSettings, reason: str) -> None:
+    def update(self, endpoints: Sequence[E], settings: BackendSettings, reason: str) -> None:
         """What the Store says now; `reason` is why there is no endpoint."""
         if settings.limits != self._limits:
             in_flight, self._limits = self.budget.in_flight, settings.limits
@@ -94,16 +113,14 @@ class BackendState:
 
     # ---- which one
 
-    def draw(self, excluded: Collection[Endpoint] = ()) -> Endpoint:
+    def draw(self, excluded: Collection[E] = ()) -> E:
         """An endpoint by load, or as the service's settings say; there is one at least."""
         candidates = self.endpoints
         if len(candidates) == 1:
             return candidates[0]
         return self._draw_of(self._usable(excluded))
 
-    def find(
-        self, request: Request, session: Session | None, excluded: Collection[Endpoint] = ()
-    ) -> Endpoint:
+    def find(self, request: Request, session: Session | None, excluded: Collection[E] = ()) -> E:
         """The endpoint of a request's session, or of its hash; else as `draw`. What the response
         has to carry is noted in the request.
         """
@@ -122,7 +139,7 @@ class BackendState:
             self._ring = Ring(named, self.settings.balancing.ring_size)
         return self._ring.find(key, frozenset(usable)) or self._draw_of(usable)
 
-    def _usable(self, excluded: Collection[Endpoint]) -> Sequence[Endpoint]:
+    def _usable(self, excluded: Collection[E]) -> Sequence[E]:
         candidates, outlier = self.endpoints, self.settings.outlier
         now = self._clock.now()
         usable = [each for each in candidates if each.ejected_until <= now]
@@ -136,7 +153,7 @@ class BackendState:
             usable = [each for each in usable if each not in excluded] or usable
         return usable
 
-    def _draw_of(self, usable: Sequence[Endpoint]) -> Endpoint:
+    def _draw_of(self, usable: Sequence[E]) -> E:
         count = len(usable)
         if count == 1:
             return usable[0]
@@ -152,7 +169,7 @@ class BackendState:
         a, b = usable[first], usable[second]
         return a if a.load <= b.load else b
 
-    def _next_of(self, usable: Sequence[Endpoint]) -> Endpoint:
+    def _next_of(self, usable: Sequence[E]) -> E:
         """In turn, each as often as its capacity says: smooth weighted round robin."""
         total, best = 0, usable[0]
         for each in usable:
@@ -166,9 +183,7 @@ class BackendState:
 
     # ---- sessions and hashes
 
-    def _in_session(
-        self, request: Request, session: Session, usable: Sequence[Endpoint]
-    ) -> Endpoint:
+    def _in_session(self, request: Request, session: Session, usable: Sequence[E]) -> E:
         now = self._clock.wall()
         tokens = self._tokens.get(session)
         if tokens is None:

@@ -13,8 +13,10 @@ one request goes into `Request.notes`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from mypy_extensions import mypyc_attr
 
 from mesh.identity import SpiffeId
 
@@ -83,7 +85,7 @@ class Headers:
             self.pairs = [pair for pair in self.pairs if pair[0] != name]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, init=False)
 class Request:
     """A request as filters see it, changeable until it is sent on. `path` has no query; `query` has
     no question mark. `source` is who the tunnel's certificate says, None outside the mesh.
@@ -93,37 +95,87 @@ class Request:
     scheme: bytes
     authority: bytes
     path: bytes
-    query: bytes = b""
-    upgrade: bytes = b""
+    query: bytes
+    upgrade: bytes
     """The protocols that it asks to switch to, empty for none."""
-    headers: Headers = field(default_factory=Headers)
-    source: SpiffeId | None = None
-    source_ip: str = ""
-    remote_ip: str = ""
-    destination_ip: str = ""
-    destination_port: int = 0
-    service: str = ""
+    headers: Headers
+    source: SpiffeId | None
+    source_ip: str
+    remote_ip: str
+    destination_ip: str
+    destination_port: int
+    service: str
     """`namespace/hostname` of the Service called."""
-    route: str = ""
+    route: str
     """`namespace/name` of the route, empty without one."""
-    rule: str = ""
+    rule: str
     """The rule's name, or its index."""
-    is_grpc: bool = False
-    claims: dict[str, Any] | None = None
+    is_grpc: bool
+    claims: dict[str, Any] | None
     """Of the token that was accepted; None without one."""
-    principal: str = ""
+    principal: str
     """`iss/sub` of that token."""
-    now: float = 0.0
+    now: float
     """Monotonic seconds at which the head was complete."""
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any]
+
+    # Written out: one that dataclasses make is not compiled, and this is made for each request.
+    def __init__(
+        self,
+        *,
+        method: bytes,
+        scheme: bytes,
+        authority: bytes,
+        path: bytes,
+        query: bytes = b"",
+        upgrade: bytes = b"",
+        headers: Headers | None = None,
+        source: SpiffeId | None = None,
+        source_ip: str = "",
+        remote_ip: str = "",
+        destination_ip: str = "",
+        destination_port: int = 0,
+        service: str = "",
+        route: str = "",
+        rule: str = "",
+        is_grpc: bool = False,
+        claims: dict[str, Any] | None = None,
+        principal: str = "",
+        now: float = 0.0,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        self.method = method
+        self.scheme = scheme
+        self.authority = authority
+        self.path = path
+        self.query = query
+        self.upgrade = upgrade
+        self.headers = headers if headers is not None else Headers()
+        self.source = source
+        self.source_ip = source_ip
+        self.remote_ip = remote_ip
+        self.destination_ip = destination_ip
+        self.destination_port = destination_port
+        self.service = service
+        self.route = route
+        self.rule = rule
+        self.is_grpc = is_grpc
+        self.claims = claims
+        self.principal = principal
+        self.now = now
+        self.notes = notes if notes is not None else {}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, init=False)
 class Response:
     """A response as filters see it, changeable until it is sent on."""
 
     status: int
-    headers: Headers = field(default_factory=Headers)
+    headers: Headers
+
+    def __init__(self, *, status: int, headers: Headers | None = None) -> None:
+        self.status = status
+        self.headers = headers if headers is not None else Headers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +254,7 @@ class Filter(Protocol):
         ...
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PassingFilter:
     """Every method of `Filter`, doing nothing: for filters that need only some."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -121,14 +121,13 @@ class _Kind:
     """The rules filed under one kind."""
 
     said: Callable[[Request], Sequence[bytes]]
-    exact: dict[bytes, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
-    prefixes: dict[int, dict[bytes, list[_Entry]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
+    exact: dict[bytes, list[_Entry]] = field(default_factory=dict)
+    prefixes: dict[int, dict[bytes, list[_Entry]]] = field(default_factory=dict)
 
     def file(self, key: Key, entry: _Entry) -> None:
         is_prefix, text = key
-        (self.prefixes[len(text)] if is_prefix else self.exact)[text].append(entry)
+        among = self.prefixes.setdefault(len(text), {}) if is_prefix else self.exact
+        among.setdefault(text, []).append(entry)
 
     def find(self, request: Request) -> list[list[_Entry]]:
         found = []

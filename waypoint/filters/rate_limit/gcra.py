@@ -27,7 +27,7 @@ class Rate:
         return self.window_seconds / self.requests if self.requests > 0 else NEVER
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, init=False)
 class Verdict:
     """What became of a request. `full_at` is the bucket from now on.
 
@@ -40,6 +40,21 @@ class Verdict:
     remaining: int
     retry_seconds: float
     reset_seconds: float
+
+    # Written out: one that dataclasses make is not compiled, and this is made for each request.
+    def __init__(
+        self,
+        is_allowed: bool,
+        full_at: float,
+        remaining: int,
+        retry_seconds: float,
+        reset_seconds: float,
+    ) -> None:
+        self.is_allowed = is_allowed
+        self.full_at = full_at
+        self.remaining = remaining
+        self.retry_seconds = retry_seconds
+        self.reset_seconds = reset_seconds
 
 
 def hit(full_at: float, now: float, rate: Rate, cost: int = 1) -> Verdict:

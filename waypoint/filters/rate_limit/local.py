@@ -62,15 +62,15 @@ class Buckets:
 class Rehearsal(Buckets):
     """Stands for the buckets of a rule where nothing may be taken; notes what was asked of it."""
 
-    __slots__ = ("_real", "asked")
+    __slots__ = ("_inner", "asked")
 
     def __init__(self, real: Buckets) -> None:
         super().__init__()
-        self._real = real
+        self._inner = real
         self.asked: list[tuple[Key, Rate, Verdict]] = []
 
     def hit(self, key: Key, now: float, rate: Rate, cost: int = 1) -> Verdict:
         """What the real ones would say."""
-        verdict = self._real.peek(key, now, rate, cost)
+        verdict = self._inner.peek(key, now, rate, cost)
         self.asked.append((key, rate, verdict))
         return verdict

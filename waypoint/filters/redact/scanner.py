@@ -114,7 +114,7 @@ class Scanner:
         self.has_numbers = any(part.kind in _NUMERIC for _, part in parts)
         self.has_private_keys = any(part.kind == "private-key" for _, part in parts)
         self._rules = {part.kind: index for index, part in parts}
-        named = NAMED_KINDS & self._rules.keys()
+        named = NAMED_KINDS.intersection(self._rules)
         self._named = NamedNumbers(named) if named else None
         together = b"|".join(b"(?:" + part.pattern + b")" for _, part in parts)
         self._search = compile_pattern(together).search if parts else None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h1
+from mesh.http.h1_heads import RequestHead
 from mesh.http.h2_stream import find_head_problem
 from mesh.http.hpack_table import Block, find_problem
 from mesh.http.trailers import safe_trailers
@@ -256,7 +257,7 @@ _mutations = st.lists(
 )
 
 
-def _read(data: bytes) -> tuple[h1.RequestHead, bytes, bytes] | None:
+def _read(data: bytes) -> tuple[RequestHead, bytes, bytes] | None:
     """The head, the body and what follows; None when it is refused or not complete."""
     try:
         parsed = h1.parse_request(data)

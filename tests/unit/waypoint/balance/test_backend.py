@@ -48,9 +48,9 @@ def _endpoint(name: str, capacity: int = 1) -> _Endpoint:
     return _Endpoint(Candidate(workload, 8080))
 
 
-def _backend(endpoints: list[_Endpoint], **settings: Any) -> BackendState:
-    state = BackendState("shop/web", 80, _Clock(), random.Random(7))
-    state.update(endpoints, BackendSettings(**settings), "")  # type: ignore[arg-type]
+def _backend(endpoints: list[_Endpoint], **settings: Any) -> BackendState[_Endpoint]:
+    state: BackendState[_Endpoint] = BackendState("shop/web", 80, _Clock(), random.Random(7))
+    state.update(endpoints, BackendSettings(**settings), "")
     return state
 
 
@@ -60,7 +60,7 @@ def _request(**fields: Any) -> Request:
                    headers=Headers(pairs), **fields)  # fmt: skip
 
 
-def _names(state: BackendState, count: int, **kind: Any) -> list[str]:
+def _names(state: BackendState[_Endpoint], count: int, **kind: Any) -> list[str]:
     return [state.draw(**kind).candidate.workload.name for _ in range(count)]
 
 

@@ -32,7 +32,7 @@ RULES = [
     *(L7Rule(sources=(each,)) for each in SOURCES),
     *(L7Rule(operations=(each,)) for each in OPERATIONS),
     *(L7Rule((SOURCES[0],), (each,)) for each in OPERATIONS),
-    *(L7Rule(SOURCES[:2], pair) for pair in itertools.combinations(OPERATIONS, 2)),
+    *(L7Rule(tuple(SOURCES[:2]), pair) for pair in itertools.combinations(OPERATIONS, 2)),
     L7Rule(),
 ]
 NEVER = L7Rule(operations=(L7Operation(hosts=("never",)),))
