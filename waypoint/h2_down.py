@@ -26,7 +26,14 @@ _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 _PATH = re.compile(rb"/[!\"$-~]*+|\*")
 _SCHEMES = frozenset({b"http", b"https"})
 _READ_HERE = frozenset({b"host", b"cookie", b"content_length", b"transfer_encoding"})
-_PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
+_NEEDED = frozenset({b":method", b":scheme", b":path"})
+_PSEUDO = _NEEDED | {b":authority"}
+_DISGUISED = "a framing field in disguise"
+_TOO_MANY = "too many fields"
+_CONNECT = "CONNECT is not served here"
+_SCHEME = "a scheme that is not served"
+_NOT_SERVED = frozenset({_DISGUISED, _TOO_MANY, _CONNECT, _SCHEME})
+"""What RFC 9113 allows, and we do not."""
 
 
 class H2Down(H2Channel):
@@ -49,8 +56,11 @@ class H2Down(H2Channel):
         problem = owner.read(pairs)
         if problem:
             self._inbound.refused(RemoteProtocolError(problem))
-            self.core.send_headers(stream, encode_block([(b":status", b"400")]), end_stream=True)
-            owner.reset(h2_frames.NO_ERROR)
+            # Malformed is an error of the stream; the answer before it is for the caller's log.
+            is_lawful = problem in _NOT_SERVED
+            head = encode_block([(b":status", b"400")])
+            self.core.send_headers(stream, head, end_stream=is_lawful)
+            owner.reset(h2_frames.NO_ERROR if is_lawful else h2_frames.PROTOCOL_ERROR)
             return
         owner.exchange = Exchange(self._inbound, owner)
         # Whether it has a body shows when END_STREAM comes, which is in this very call or not.
@@ -133,10 +143,12 @@ class _DownStream(H2Stream):
             rest.append(pair)
         authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
         method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-        if not pseudo.keys() <= _PSEUDO or method == b"CONNECT":
-            return "pseudo-headers are missing or not served"
-        if pseudo.get(b":scheme") not in _SCHEMES:
-            return "a scheme that is not served"
+        if method == b"CONNECT":
+            return _CONNECT
+        if not _NEEDED <= pseudo.keys() <= _PSEUDO:
+            return "pseudo-headers are missing or unknown"
+        if pseudo[b":scheme"] not in _SCHEMES:
+            return _SCHEME
         if not _METHOD.fullmatch(method) or not _PATH.fullmatch(path):
             return "a malformed method or path"
         if path == b"*" and method != b"OPTIONS":
@@ -146,12 +158,12 @@ class _DownStream(H2Stream):
         if not self.declare(rest):
             return "a malformed content-length"
         if is_disguised:
-            return "a framing field in disguise"
+            return _DISGUISED
         if len(cookies) > 1:
             rest = [pair for pair in rest if pair[0] != b"cookie"]
             rest.append((b"cookie", b"; ".join(cookies)))
         if len(rest) > MAX_FIELDS:
-            return "too many fields"
+            return _TOO_MANY
         self._head = (method, pseudo[b":scheme"], authority, path, rest)
         return ""
 

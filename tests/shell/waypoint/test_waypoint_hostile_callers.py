@@ -86,6 +86,16 @@ MALFORMED: dict[str, bytes] = {
     "a pseudo-header in trailers": head(1, POST, h2.END_HEADERS) + head(1, [(b":path", b"/x")]),
     "a second head": head(1, POST, h2.END_HEADERS) + head(1, POST, h2.END_HEADERS),
 }  # fmt: skip
+# Nobody broke a rule: an answer is all there is.
+NOT_SERVED = frozenset(
+    {
+        "a scheme that is none",
+        "CONNECT",
+        "extended CONNECT",
+        "a length in disguise",
+        "too many fields",
+    }
+)
 
 
 async def test_no_request_of_http2_becomes_two_of_http1() -> None:
@@ -99,7 +109,9 @@ async def test_no_request_of_http2_becomes_two_of_http1() -> None:
             await peer.send(HELLO + frames + get(3, path=b"/good"))
             heard = await peer.read(1, 3)
             status = heard.heads.get(1, [{}])[0].get(b":status", b"")
-            assert status == b"400" or heard.resets.get(1) == h2.PROTOCOL_ERROR, name
+            is_served = name not in NOT_SERVED
+            assert (heard.resets.get(1) == h2.PROTOCOL_ERROR) is is_served, name
+            assert status == b"400" or is_served, name
             assert heard.heads[3][0][b":status"] == b"200", name
             assert heard.goaway is None, name
         # Only what is good, and what it got is what was asked.
@@ -139,9 +151,9 @@ async def test_what_http2_says_reaches_http1_as_it_was_meant() -> None:
 
 
 def bomb(stream_id: int) -> bytes:
-    """64 KiB that unpack to more than 100 MiB."""
+    """16 KiB that unpack to 46 MiB."""
     entry = b"\x40\x01x\x7f\xa1\x1e" + b"v" * 4000
-    return h2.pack_frame(h2.HEADERS, h2.END_HEADERS, stream_id, entry + b"\xbe" * 50_000)
+    return h2.pack_frame(h2.HEADERS, h2.END_HEADERS, stream_id, entry + b"\xbe" * 12_000)
 
 
 FLOODS: dict[str, Callable[[int], bytes]] = {
@@ -223,6 +235,7 @@ BROKEN: dict[str, tuple[bytes, int]] = {
     "a stream that depends on itself": (h2.pack_frame(h2.PRIORITY, 0, 1, b"\0\0\0\x01\0"),
                                         h2.PROTOCOL_ERROR),
     "a frame beyond the limit": (b"\xff\xff\xff\x00\x00\x00\x00\x00\x01", h2.FRAME_SIZE_ERROR),
+    "HEADERS on a stream that was passed over": (get(5) + get(3), h2.STREAM_CLOSED),
     "GOAWAY on a stream": (h2.pack_frame(h2.GOAWAY, 0, 1, bytes(8)), h2.PROTOCOL_ERROR),
 }  # fmt: skip
 
