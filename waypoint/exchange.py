@@ -429,7 +429,7 @@ class Exchange:
         if self._endpoint is not None:
             self._endpoint.answered(response.status)
         if switches:
-            self._switched = True
+            self._switched, self.is_request_done = True, False
         elif plan is not None and self._may_retry_status(plan, response.status):
             up, self._up = self._up, None
             if up is not None:

@@ -60,6 +60,7 @@ class H2Core:
         self.peer_window = h2.DEFAULT_WINDOW
         self.peer_max_frame = h2.DEFAULT_MAX_FRAME
         self.peer_max_streams = INITIAL_PEER_STREAMS
+        self.peer_takes_connect = False
         self.settings_received = False
         self.goaway_received = False
         self.goaway_sent = False
@@ -331,6 +332,8 @@ class H2Core:
                 self.peer_max_frame = value
             elif key == h2.MAX_CONCURRENT_STREAMS:
                 self.peer_max_streams = value
+            elif key == h2.ENABLE_CONNECT_PROTOCOL:
+                self.peer_takes_connect = value == 1
         self.out += h2.pack_frame(h2.SETTINGS, h2.ACK, 0)
         for stream in list(self.streams.values()):
             self._feed(stream)
