@@ -150,6 +150,7 @@ class H2Call:
         self._data = bytearray()
         self.stream_id = 1
         self.head: dict[bytes, bytes] = {}
+        self.trailers: dict[bytes, bytes] = {}
         self.takes_connect = False
         self.has_ended = False
         self.reset: int | None = None
@@ -187,6 +188,8 @@ class H2Call:
                         self.head = {bytes(n): bytes(v) for n, v in event.headers}
                         self.stream_id, self.has_ended, self.reset = event.stream_id, False, None
                         self._data.clear()
+                    case h2.events.TrailersReceived():
+                        self.trailers = {bytes(n): bytes(v) for n, v in event.headers}
                     case h2.events.DataReceived():
                         self._data += event.data
                         if event.flow_controlled_length:
