@@ -265,6 +265,24 @@ async def test_broken_connections_are_told_why() -> None:
         assert (await peer.read()).goaway == h2.PROTOCOL_ERROR
 
 
+async def test_a_wrong_preface_on_a_port_of_http2_is_not_answered_in_http1() -> None:
+    async with (
+        running_app("web-1", key("web"), key("old")) as app,
+        running_waypoint(
+            [service("web", 1, protocol=AppProtocol.HTTP2), service("old", 2), app.workload]
+        ) as mesh,
+    ):
+        nonsense = b"INVALID CONNECTION PREFACE\r\n\r\n"
+        assert await _is_refused(mesh, "10.96.0.1:80", nonsense)
+        stream = await mesh.open("10.96.0.2:80")
+        await stream.send_all(nonsense)
+        assert (await settle(stream, b"\n")).startswith(b"HTTP/1.1 400")
+        # Who asks in HTTP/1.1 is answered there all the same.
+        stream = await mesh.open("10.96.0.1:80")
+        await stream.send_all(b"GET /a#b HTTP/1.1\r\nhost: web\r\n\r\n")
+        assert (await settle(stream, b"\n")).startswith(b"HTTP/1.1 400")
+
+
 async def _is_refused(mesh: Mesh, authority: str, hello: bytes, **who: str) -> bool:
     stream = await mesh.open(authority, **who)
     try:
