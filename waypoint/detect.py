@@ -43,6 +43,12 @@ def sniff(data: bytes, *, is_http: bool) -> Speech:
     return Speech.OPAQUE
 
 
+def is_nonsense(data: bytes) -> bool:
+    """Whether a first line is there that nobody meant for HTTP/1."""
+    line, found, _ = data.partition(b"\n")
+    return bool(found) and line not in {b"", b"\r"} and b"HTTP/1." not in line
+
+
 def server_name(data: bytes) -> str | None:
     """The SNI of a TLS ClientHello (RFC 8446 section 4.1.2); empty without one; None: more bytes
     are needed. What is malformed has none.

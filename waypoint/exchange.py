@@ -23,7 +23,7 @@ import trio
 
 from mesh.errors import Refusal
 from mesh.http.h1_heads import RequestHead
-from waypoint import deadline, heads, spans
+from waypoint import deadline, heads, long_lived, spans
 from waypoint.filters.chain import (
     Blocked,
     BodyFilter,
@@ -37,11 +37,11 @@ from waypoint.filters.chain import (
 )
 from waypoint.filters.ext_authz import PLACE
 from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
+from waypoint.long_lived import LongLived
 from waypoint.mirror import open_mirrors
 from waypoint.plan import Answer, Forward
 from waypoint.spans import RequestSpans
 from waypoint.streams import Downstream, Upstream
-from waypoint.upgraded import Upgraded
 
 if TYPE_CHECKING:
     from waypoint.inbound import Inbound
@@ -56,9 +56,9 @@ class Exchange:
     """Made by a codec of the caller's side for each request."""
 
     __slots__ = ("_body_in", "_body_out", "_budgeted", "_deadline", "_decided", "_done", "_down",
-                 "_endpoint", "_excluded", "_filters", "_held", "_next_filter",
+                 "_endpoint", "_excluded", "_filters", "_held", "_long_lived", "_next_filter",
                  "_per_try", "_plan", "_scope", "_started", "_switched", "_timer", "_trailers",
-                 "_up", "_upgraded", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
+                 "_up", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
                  "is_request_done", "is_response_done", "policy", "reason", "request", "rule_name",
                  "spans", "started_at", "status", "tries",
                  "upgrade")  # fmt: skip
@@ -78,7 +78,7 @@ class Exchange:
         self._held: bytearray | None = bytearray()
         self._trailers: Sequence[Pair] = ()
         self._timer: Timer | None = None
-        self._upgraded: Upgraded | None = None
+        self._long_lived: LongLived | None = None
         self._per_try: Timer | None = None
         self._deadline = 0.0
         self._scope: Any = None
@@ -155,8 +155,8 @@ class Exchange:
         else:
             self._filters = traffic.filters
         self.spans = spans.begin(inbound.proxy.tracer, inbound, request)
-        if self.upgrade:
-            self._upgraded = Upgraded(self)
+        if self.upgrade or request.is_grpc:
+            self._long_lived = LongLived(self)
         self._filter(plan)
 
     def _set_client_identity(self, *, is_shown: bool) -> None:
@@ -395,7 +395,18 @@ class Exchange:
         """Policy changed, and would not let this begin any more."""
         respond = replace(respond, reason=f"policy changed: {respond.reason}")
         self.rule_name = respond.rule
-        self._blocked(respond)
+        if self._started and self.request.is_grpc and self._body_out is None:
+            self.flag, self.reason, self.policy = respond.flag, respond.reason, respond.policy
+            self._end_call(long_lived.TRAILERS)
+        else:
+            self._blocked(respond)
+
+    def _end_call(self, trailers: Sequence[Pair]) -> None:
+        """End a gRPC stream before its endpoint does."""
+        self._note_grpc(trailers)
+        down = self._down
+        self._finish()
+        down.send_end(trailers)
 
     def on_down_room(self) -> None:
         """The caller takes bytes again."""
@@ -429,7 +440,7 @@ class Exchange:
         if self._endpoint is not None:
             self._endpoint.answered(response.status)
         if switches:
-            self._switched = True
+            self._switched, self.is_request_done = True, False
         elif plan is not None and self._may_retry_status(plan, response.status):
             up, self._up = self._up, None
             if up is not None:
@@ -586,10 +597,7 @@ class Exchange:
             return
         self.flag, self.reason = "UT", reason
         if self.request.is_grpc and self._body_out is None:
-            self.grpc_status = str(deadline.DEADLINE_EXCEEDED)
-            down = self._down
-            self._finish()
-            down.send_end(deadline.TRAILERS)
+            self._end_call(deadline.TRAILERS)
         else:
             self._cut()
 
@@ -655,8 +663,8 @@ class Exchange:
                 timer.cancel()
         if self._scope is not None:
             self._scope.cancel()
-        if self._upgraded is not None:
-            self._upgraded.end()
+        if self._long_lived is not None:
+            self._long_lived.end()
         up, self._up = self._up, None
         if up is not None and not (self.is_response_done and self.is_request_done):
             up.cancel()

@@ -294,6 +294,9 @@ class H1Down:
         elif exchange is None:
             if self._state == _HEAD and not self._buffer:
                 yield self, Mark("idle")
+        elif self._state == _RAW:
+            if exchange.is_response_done:
+                yield self, Mark("left", exchange.bytes_in)
         elif self._has_left:
             yield self, Mark("left", exchange.bytes_out)
         elif self._state in {_LENGTH, _CHUNKED} and not self._started:

@@ -22,9 +22,9 @@ _NEEDS_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 class H1Up:
     """`take` it for an exchange, then it is the exchange's `Upstream`."""
 
-    __slots__ = ("_asked", "_buffer", "_chunks", "_interim", "_is_chunking", "_is_sending",
-                 "_keeps", "_left", "_method", "_on_gone", "_on_idle", "_owner", "_state",
-                 "_transport", "idle_since", "was_used")  # fmt: skip
+    __slots__ = ("_asked", "_buffer", "_chunks", "_has_ended", "_interim", "_is_chunking",
+                 "_is_sending", "_keeps", "_left", "_method", "_on_gone", "_on_idle", "_owner",
+                 "_state", "_transport", "idle_since", "was_used")  # fmt: skip
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class H1Up:
         self._method = b""
         self._left = 0
         self._chunks: h1.ChunkReader | None = None
-        self._is_chunking = self._is_sending = False
+        self._is_chunking = self._is_sending = self._has_ended = False
         self._keeps = False
         self._asked = b""
         self._interim = 0
@@ -97,6 +97,8 @@ class H1Up:
         if self._state == _RAW:
             self._is_sending = False
             self._transport.shut()
+            if self._has_ended:
+                self._end(abort=False)
             return
         if self._is_chunking:
             self._transport.write(h1.encode_last_chunk(trailers))
@@ -244,7 +246,7 @@ class H1Up:
         if owner is not None and self._state == _UNTIL_END:
             self._complete(owner, ())
         elif owner is not None and self._state == _RAW:
-            self._owner = None if not self._is_sending else owner
+            self._has_ended = True
             owner.on_response_end(())
             if not self._is_sending:
                 self._end(abort=False)

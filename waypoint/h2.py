@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h2_frames
@@ -22,8 +23,9 @@ from waypoint.transport import Transport
 
 SETTINGS = h2_frames.LocalSettings(
     stream_window=256 << 10, largest_window=1 << 20, connection_window=4 << 20,
-    holds_connection=True,
+    max_frame=256 << 10, holds_connection=True,
 )  # fmt: skip
+SERVED_SETTINGS = replace(SETTINGS, max_frame=h2_frames.DEFAULT_MAX_FRAME, extended_connect=True)
 MAX_BACKLOG = 256 << 10
 """Bytes of heads and answers that a peer has not taken, beyond which we hear nothing from it."""
 
@@ -35,7 +37,8 @@ class H2Channel:
         self, reactor: Reactor, transport: Transport, *, client: bool, budget: WindowBudget | None
     ) -> None:
         self.transport = transport
-        self.core = H2Core(_Facts(self), client=client, settings=SETTINGS, budget=budget)
+        settings = SETTINGS if client else SERVED_SETTINGS
+        self.core = H2Core(_Facts(self), client=client, settings=settings, budget=budget)
         self.is_closed = False
         self._reactor = reactor
         self._is_dirty = False

@@ -12,9 +12,11 @@ from mesh.http.h1 import MAX_FIELDS, is_host
 from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import encode_block
 from mesh.http.trailers import safe_trailers
+from waypoint import extended_connect
 from waypoint.exchange import Exchange
 from waypoint.filters.chain import Headers, Pair, Response
 from waypoint.h2 import H2Channel, H2Stream
+from waypoint.heads import RandomBytes
 from waypoint.idle import Expirable, Kind, Mark
 from waypoint.transport import Transport
 
@@ -26,7 +28,15 @@ _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 _PATH = re.compile(rb"/[!\"$-~]*+|\*")
 _SCHEMES = frozenset({b"http", b"https"})
 _READ_HERE = frozenset({b"host", b"cookie", b"content_length", b"transfer_encoding"})
-_PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority"})
+_NEEDED = frozenset({b":method", b":scheme", b":path"})
+_PSEUDO = _NEEDED | {b":authority"}
+_DISGUISED = "a framing field in disguise"
+_TOO_MANY = "too many fields"
+_CONNECT = "CONNECT is not served here"
+_PROTOCOL = "a :protocol that is not served"
+_SCHEME = "a scheme that is not served"
+_NOT_SERVED = {_DISGUISED: 400, _TOO_MANY: 431, _CONNECT: 405, _PROTOCOL: 501, _SCHEME: 400}
+"""What RFC 9113 allows, and we do not."""
 
 
 class H2Down(H2Channel):
@@ -46,11 +56,16 @@ class H2Down(H2Channel):
             owner.trailers = safe_trailers(pairs)
             return
         owner = stream.owner = _DownStream(self, stream)
-        problem = owner.read(pairs)
+        problem = owner.read(pairs, self._inbound.rng)
         if problem:
-            self._inbound.refused(RemoteProtocolError(problem))
-            self.core.send_headers(stream, encode_block([(b":status", b"400")]), end_stream=True)
-            owner.reset(h2_frames.NO_ERROR)
+            status = _NOT_SERVED.get(problem, 400)
+            self._inbound.refused(RemoteProtocolError(problem, http_status=status))
+            # Malformed is an error of the stream; the answer before it is for the caller's log.
+            is_lawful = problem in _NOT_SERVED
+            head = encode_block([(b":status", b"%d" % status)])
+            self.core.send_headers(stream, head, end_stream=is_lawful)
+            owner.reset(h2_frames.NO_ERROR if is_lawful else h2_frames.PROTOCOL_ERROR)
+            self.core.cheap_arrived("malformed requests")
             return
         owner.exchange = Exchange(self._inbound, owner)
         # Whether it has a body shows when END_STREAM comes, which is in this very call or not.
@@ -99,7 +114,8 @@ class H2Down(H2Channel):
 class _DownStream(H2Stream):
     """One request: the `Downstream` of its exchange."""
 
-    __slots__ = ("_early", "_has_begun", "_has_ended", "_head", "exchange", "trailers")
+    __slots__ = ("_early", "_has_begun", "_has_ended", "_head", "_holds", "_key", "exchange",
+                 "trailers")  # fmt: skip
 
     def __init__(self, channel: H2Channel, stream: Stream) -> None:
         super().__init__(channel)
@@ -108,9 +124,11 @@ class _DownStream(H2Stream):
         self.trailers: Sequence[Pair] = ()
         self._early = bytearray()
         self._has_begun = self._has_ended = False
+        self._holds = True
+        self._key = b""  # of a WebSocket (RFC 8441)
         self._head: tuple[bytes, bytes, bytes, bytes, list[Pair]] | None = None
 
-    def read(self, pairs: Sequence[Pair]) -> str:
+    def read(self, pairs: Sequence[Pair], rng: RandomBytes) -> str:
         """Judge the head (RFC 9113 section 8.3); what is wrong with it, or empty text."""
         pseudo: dict[bytes, bytes] = {}
         rest: list[Pair] = []
@@ -133,25 +151,33 @@ class _DownStream(H2Stream):
             rest.append(pair)
         authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
         method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-        if not pseudo.keys() <= _PSEUDO or method == b"CONNECT":
-            return "pseudo-headers are missing or not served"
-        if pseudo.get(b":scheme") not in _SCHEMES:
-            return "a scheme that is not served"
+        if method == b"CONNECT":
+            protocol = pseudo.pop(b":protocol", None)
+            if protocol != extended_connect.WEBSOCKET:
+                return _CONNECT if protocol is None else _PROTOCOL
+            method = b"GET"
+            name, self._key = extended_connect.new_key(rng)
+            rest = [pair for pair in rest if pair[0] != name]
+            rest.append((name, self._key))
+        if not _NEEDED <= pseudo.keys() <= _PSEUDO:
+            return "pseudo-headers are missing or unknown"
+        if pseudo[b":scheme"] not in _SCHEMES:
+            return _SCHEME
         if not _METHOD.fullmatch(method) or not _PATH.fullmatch(path):
             return "a malformed method or path"
         if path == b"*" and method != b"OPTIONS":
             return "a path that only OPTIONS has"
         if not authority or not is_host(authority) or hosts.count(authority) != len(hosts):
             return "a malformed authority, or two"
-        if not self.declare(rest):
+        if not self.declare(rest) or (self._key and self.declared >= 0):
             return "a malformed content-length"
         if is_disguised:
-            return "a framing field in disguise"
+            return _DISGUISED
         if len(cookies) > 1:
             rest = [pair for pair in rest if pair[0] != b"cookie"]
             rest.append((b"cookie", b"; ".join(cookies)))
         if len(rest) > MAX_FIELDS:
-            return "too many fields"
+            return _TOO_MANY
         self._head = (method, pseudo[b":scheme"], authority, path, rest)
         return ""
 
@@ -167,8 +193,17 @@ class _DownStream(H2Stream):
         early, self._early = self._early, bytearray()
         ends = self._has_ended and not early
         headers = Headers(pairs)
+        if self._key:
+            # What comes before the switch waits, and the caller gets no credit for more.
+            self._early = early
+            self.pause()
+            exchange.upgrade, ends = extended_connect.WEBSOCKET, True
+        else:
+            self._holds = False
         exchange.start(method, scheme, authority, path, query if found else None, headers,
                        ends=ends)  # fmt: skip
+        if self._holds:
+            return
         if early and self.exchange is exchange:
             exchange.on_request_data(memoryview(early))
         if self._has_ended and not ends:
@@ -181,6 +216,8 @@ class _DownStream(H2Stream):
             return None
         if self.is_blocked:
             return Mark("unread", stream.send_window + exchange.bytes_out)
+        if self._key:
+            return Mark("left", self.received) if exchange.is_response_done else None
         if not self._has_ended and not stream.answered and not exchange.request.is_grpc:
             return Mark("body", self.received)
         return None
@@ -193,7 +230,7 @@ class _DownStream(H2Stream):
 
     def on_body(self, data: memoryview) -> None:
         """Payload."""
-        if not self._has_begun:
+        if self._holds:
             self._early += data
         elif self.exchange is not None:
             self.exchange.on_request_data(data)
@@ -203,7 +240,7 @@ class _DownStream(H2Stream):
         self._has_ended = True
         if self.is_short():
             self.broken("less body than content-length says")
-        elif self._has_begun and self.exchange is not None:
+        elif not self._holds and self.exchange is not None:
             self.exchange.on_request_end(self.trailers)
 
     def on_cut(self, reason: str, *, is_refused: bool) -> None:
@@ -229,10 +266,15 @@ class _DownStream(H2Stream):
 
     def send_head(self, response: Response, *, ends: bool, switches: bytes = b"") -> None:
         """The response's head."""
-        del switches
         if self.stream is None:
             return
-        head = [(b":status", b"%d" % response.status), *response.headers.pairs]
+        status = response.status
+        if self._key:
+            if switches:
+                self._open_tunnel(response)
+                return
+            status = extended_connect.refused(response)
+        head = [(b":status", b"%d" % status), *response.headers.pairs]
         stream = self.stream
         self.channel.core.send_headers(stream, encode_block(head), end_stream=ends)
         self.channel.touch()
@@ -241,10 +283,41 @@ class _DownStream(H2Stream):
         """The response is complete."""
         super().send_end(trailers)
         stream = self.stream
+        if self._key and not self._holds:
+            return  # either half of a tunnel ends by itself
         if stream is not None and stream.local_ended and not stream.remote_ended:
             self.reset(h2_frames.NO_ERROR)  # the rest of the request is not wanted
+
+    def _open_tunnel(self, response: Response) -> None:
+        """The endpoint switched: a 200, then what waited."""
+        stream, exchange = self.stream, self.exchange
+        if stream is None or exchange is None:
+            return
+        head = extended_connect.opened(response, self._key)
+        if head is None:
+            block = encode_block([(b":status", b"502")])
+            self.channel.core.send_headers(stream, block, end_stream=True)
+            self.exchange = None
+            self.reset(h2_frames.NO_ERROR)
+            exchange.on_down_lost("the endpoint's sec-websocket-accept is another", flag="UC")
+            return
+        self.channel.core.send_headers(stream, encode_block(head))
+        self.channel.touch()
+        self._holds = False
+        early, self._early = self._early, bytearray()
+        if early:
+            exchange.on_request_data(memoryview(early))
+        if self._has_ended:
+            exchange.on_request_end(())
+        else:
+            self.unpause()
+
+    def unpause(self) -> None:
+        """The body again; not before a tunnel is open."""
+        if not (self._holds and self._key):
+            super().unpause()
 
     def cut(self) -> None:
         """It never will be."""
         self.exchange = None
-        self.reset(h2_frames.INTERNAL_ERROR)
+        self.reset(h2_frames.CANCEL if self._key else h2_frames.INTERNAL_ERROR)

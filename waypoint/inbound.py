@@ -25,7 +25,7 @@ from mesh.model.service import AppProtocol
 from mesh.model.workload import NamespacedHostname, NetworkAddress, Workload
 from mesh.runtime import log
 from mesh.tls.context import verify_client_peer
-from waypoint.detect import Speech, server_name, sniff
+from waypoint.detect import Speech, is_nonsense, server_name, sniff
 from waypoint.h1_down import H1Down
 from waypoint.h2_down import H2Down
 from waypoint.idle import IdleWatch, Kind, Watched
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _log = log.get("inbound")
 _HTTP = frozenset({AppProtocol.HTTP11, AppProtocol.HTTP2, AppProtocol.GRPC})
+_HTTP2 = frozenset({AppProtocol.HTTP2, AppProtocol.GRPC})
 _ROUTED = frozenset({"HTTPRoute", "GRPCRoute"})
 
 
@@ -282,7 +283,11 @@ class _Sniffer:
         if self._timer is not None:
             self._timer.cancel()
         data, transport = self._data, self._transport
-        if speech is Speech.HTTP1:
+        if speech is Speech.HTTP1 and self._inbound.target.protocol in _HTTP2 and is_nonsense(data):
+            # An answer in HTTP/1.1 would be nonsense to who meant HTTP/2 (RFC 9113 section 3.4).
+            self._inbound.refused(RemoteProtocolError("neither a preface nor a request line"))
+            transport.close()
+        elif speech is Speech.HTTP1:
             transport.codec = codec = H1Down(self._inbound, transport)
             codec.on_data(memoryview(data))
         elif speech is Speech.HTTP2:

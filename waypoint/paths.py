@@ -20,10 +20,22 @@ _SLASHES = re.compile(rb"//+")
 # Nothing to do: no escape, no backslash, no dot segment, no double slash.
 _PLAIN = re.compile(rb"/(?:(?!/|\.\.?(?:/|;|\Z))[^%\\/]++/?+)*")
 _HIDDEN = re.compile(rb"(?:^|/)\.\.?(?:;[^/]*)?(?:/|\Z)")
-# Bytes that no UTF-8 has, but that were read as a dot and slashes.
-_OVERLONG = ((b"\xc0\xae", b"."), (b"\xe0\x80\xae", b"."), (b"\xc0\xaf", b"/"),
-             (b"\xe0\x80\xaf", b"/"), (b"\xc1\x9c", b"\\"))  # fmt: skip
-_MOST_DECODINGS = 4
+# Bytes that no UTF-8 has, but that lax decoders read as ASCII.
+_OVERLONG = re.compile(
+    rb"[\xc0\xc1][\x80-\xbf]|\xe0[\x80\x81][\x80-\xbf]|\xf0\x80[\x80\x81][\x80-\xbf]"
+)
+MOST_DECODINGS = 4
+
+
+def decode_lax(path: bytes) -> bytes:
+    """One decoding by somebody who takes overlong forms for what they mean."""
+    decoded = unquote_to_bytes(path)
+    return _OVERLONG.sub(_ascii, decoded) if _OVERLONG.search(decoded) else decoded
+
+
+def _ascii(match: re.Match[bytes]) -> bytes:
+    form = match[0]
+    return bytes(((form[-2] & 1) << 6 | form[-1] & 0x3F,))
 
 
 def normalizer(mode: Mode) -> Callable[[bytes], bytes | None]:
@@ -52,13 +64,10 @@ def normalizer(mode: Mode) -> Callable[[bytes], bytes | None]:
 
 def _hides_dots(path: bytes) -> bool:
     """Whether somebody who decodes more than we do would find dot segments, or never an end."""
-    for _ in range(_MOST_DECODINGS):
+    for _ in range(MOST_DECODINGS):
         if _HIDDEN.search(path):
             return True
-        decoded = unquote_to_bytes(path)
-        for encoded, meant in _OVERLONG:
-            decoded = decoded.replace(encoded, meant)
-        decoded = decoded.replace(b"\\", b"/")
+        decoded = decode_lax(path).replace(b"\\", b"/")
         if decoded == path:
             return False
         path = decoded

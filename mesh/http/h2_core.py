@@ -31,6 +31,7 @@ _EARNED_AT_START = 16
 _EARNED_PER_STREAM = 4
 _EARNED_PER_SEND = 8
 _MAX_EARNED = 10_000
+_MOST_CUT = 1_000
 
 
 class H2Core:
@@ -59,6 +60,7 @@ class H2Core:
         self.peer_window = h2.DEFAULT_WINDOW
         self.peer_max_frame = h2.DEFAULT_MAX_FRAME
         self.peer_max_streams = INITIAL_PEER_STREAMS
+        self.peer_takes_connect = False
         self.settings_received = False
         self.goaway_received = False
         self.goaway_sent = False
@@ -72,6 +74,9 @@ class H2Core:
         self._accept_up_to = h2.LARGEST_STREAM_ID
         self._next_id = 1
         self._last_peer_id = 0
+        # streams that we ended before the peer did: what was on its way to them is no fault
+        self._cut_here: dict[int, None] = {}
+        self._cut_up_to = 0
         self._reader = FrameReader(
             self,
             server=not client,
@@ -123,6 +128,9 @@ class H2Core:
         stream = self.streams.get(stream_id)
         if stream is None:
             self._refuse_idle(stream_id, "DATA")
+            if not self._may_be_late(stream_id):
+                self.cheap_arrived("DATA on closed streams")
+                self.out += h2.pack_rst(stream_id, h2.STREAM_CLOSED)
             return None
         if stream.remote_ended:
             self._stream_error(stream, h2.STREAM_CLOSED)
@@ -180,6 +188,24 @@ class H2Core:
                 return
         raise broken(h2.PROTOCOL_ERROR, f"{what} on stream {stream_id}, which is not open")
 
+    def _may_be_late(self, stream_id: int) -> bool:
+        """Whether what comes on a closed stream may have been sent before the peer knew that; a
+        peer that ended the stream itself may send nothing more (RFC 9113 section 5.1).
+        """
+        return (
+            self._client
+            or stream_id > self._accept_up_to
+            or stream_id <= self._cut_up_to
+            or stream_id in self._cut_here
+        )
+
+    def _note_cut(self, stream_id: int) -> None:
+        if not self._client:
+            self._cut_here[stream_id] = None
+            if len(self._cut_here) > _MOST_CUT:
+                self._cut_up_to = max(self._cut_up_to, oldest := next(iter(self._cut_here)))
+                del self._cut_here[oldest]
+
     def block_arrived(self, stream_id: int, block: bytes, *, ends: bool) -> None:
         """A request, response or trailers."""
         stream = self.streams.get(stream_id)
@@ -189,6 +215,8 @@ class H2Core:
         decoded = self._decoder.decode(block)
         if stream is None:
             if self._client or stream_id <= self._last_peer_id:
+                if not self._may_be_late(stream_id):
+                    raise broken(h2.STREAM_CLOSED, "HEADERS on a stream that was ended")
                 self.cheap_arrived("HEADERS on closed streams")
             else:
                 self._accept_stream(stream_id, decoded, ends=ends)
@@ -216,10 +244,12 @@ class H2Core:
             return
         if len(self.streams) >= self._settings.max_streams:
             self.cheap_arrived("streams beyond the limit")
+            self._note_cut(stream_id)
             self.out += h2.pack_rst(stream_id, h2.REFUSED_STREAM)
             return
         if decoded.problem:
             self.cheap_arrived("malformed requests")
+            self._note_cut(stream_id)
             self.out += h2.pack_rst(stream_id, h2.PROTOCOL_ERROR)
             return
         stream = Stream(stream_id, self.peer_window, self._settings.stream_window)
@@ -302,6 +332,8 @@ class H2Core:
                 self.peer_max_frame = value
             elif key == h2.MAX_CONCURRENT_STREAMS:
                 self.peer_max_streams = value
+            elif key == h2.ENABLE_CONNECT_PROTOCOL:
+                self.peer_takes_connect = value == 1
         self.out += h2.pack_frame(h2.SETTINGS, h2.ACK, 0)
         for stream in list(self.streams.values()):
             self._feed(stream)
@@ -355,6 +387,8 @@ class H2Core:
     def _stream_error(self, stream: Stream, code: int) -> None:
         """The peer broke a rule of one stream. It pays: "made you reset" is a flood, too."""
         self.cheap_arrived("stream errors")
+        if not stream.remote_ended:
+            self._note_cut(stream.id)
         self.out += h2.pack_rst(stream.id, code)
         self._cut(stream, code, by_peer=False)
 
@@ -484,6 +518,8 @@ class H2Core:
         if stream.closed:
             return
         self.out += h2.pack_rst(stream.id, code)
+        if not stream.remote_ended:
+            self._note_cut(stream.id)
         self._forget(stream)
 
     def credit(self, stream: Stream, count: int) -> None:

@@ -87,6 +87,8 @@ class LocalSettings:
     max_header_list: int = 64 << 10
     max_streams: int = 200
     holds_connection: bool = False
+    extended_connect: bool = False
+    """A server's: that it takes requests of RFC 8441, WebSockets."""
 
     def pack(self, *, client: bool) -> bytes:
         """The SETTINGS frame and the WINDOW_UPDATE that opens the connection window."""
@@ -96,6 +98,8 @@ class LocalSettings:
             (MAX_FRAME_SIZE, self.max_frame),
             (ENABLE_PUSH, 0) if client else (MAX_CONCURRENT_STREAMS, self.max_streams),
         ]
+        if self.extended_connect and not client:
+            pairs.append((ENABLE_CONNECT_PROTOCOL, 1))
         body = b"".join(struct.pack(">HI", *pair) for pair in pairs)
         out = pack_frame(SETTINGS, 0, 0, body)
         if self.connection_window > DEFAULT_WINDOW:

@@ -2,7 +2,8 @@
 
 What comes after the body was seen by no policy. A receiver that merges trailers into the head, as
 some do, would take them for judged: so no framing, routing or credentials, nothing that says who
-somebody is and nothing that we would have taken from a head. All else passes, gRPC's among it.
+somebody is and nothing that we would have taken from a head, with dashes or underscores (CGI reads
+both alike). All else passes, gRPC's among it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _FORBIDDEN: Final = frozenset({
     b"max-forwards", b"trailer", b"authorization", b"proxy-authorization", b"cookie",
     b"set-cookie", b"forwarded", b"traceparent", b"tracestate", b"baggage", b"x-request-id",
     b"cache-control", b"range", b"location", b"vary", b"age", b"date", b"expires",
-    b"content_length", b"transfer_encoding",
+    b"x-real-ip", b"x-original-url", b"x-rewrite-url", b"x-http-method-override",
 })  # fmt: skip
 
 
 def safe_trailers(pairs: Sequence[Pair]) -> list[Pair]:
     """Those that may be sent on, in order."""
-    return [
-        pair
-        for pair in pairs
-        if pair[0] not in _FORBIDDEN and not pair[0].startswith((b":", b"x-forwarded-"))
-    ]
+    return [pair for pair in pairs if not _is_forbidden(pair[0].replace(b"_", b"-"))]
+
+
+def _is_forbidden(name: bytes) -> bool:
+    return name in _FORBIDDEN or name.startswith((b":", b"x-forwarded-"))

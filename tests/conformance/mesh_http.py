@@ -109,6 +109,17 @@ _EDIT_CASES = (
 )  # fmt: skip
 
 
+_EDITED = RouteFilter(request_headers=changes(
+    put=_SET, add={"X-Header-Add": "val-1", "X-Header-Add-Append": "val-2"},
+    remove=("X-Header-Remove",),
+))  # fmt: skip
+_BEFORE = (("x-header-remove", "x"), ("x-header-add-append", "val-1"), ("x-header-set", "y"))
+_AFTER = (
+    ("x-header-set", "set-overwrites-values"), ("x-header-add", "val-1"),
+    ("x-header-add-append", "val-1,val-2"), ("x-header-remove", None),
+)  # fmt: skip
+
+
 def _redirect(start: str, /, **fields: object) -> RouteRule:
     filters = (RouteFilter(redirect=Redirect(**fields)),)  # type: ignore[arg-type]
     return rule(prefix(start), filters=filters)
@@ -209,6 +220,10 @@ TESTS = (
                      filters=(RouteFilter(rewrite=Rewrite(path=_prefix_path("/"))),)),
                 rule(prefix("/full/one"), to=V1,
                      filters=(RouteFilter(rewrite=Rewrite(path=_full_path("/one"))),)),
+                rule(prefix("/full/edited"), to=V1,
+                     filters=(_EDITED, RouteFilter(rewrite=Rewrite(path=_full_path("/test"))))),
+                rule(prefix("/prefix/edited"), to=V1,
+                     filters=(_EDITED, RouteFilter(rewrite=Rewrite(path=_prefix_path("/prefix"))))),
             ),
         ),
         (
@@ -216,6 +231,9 @@ TESTS = (
             Case("/strip-prefix/three", "echo-v1", path="/three"),
             Case("/strip-prefix", "echo-v1", path="/"),
             Case("/full/one/two", "echo-v1", path="/one"),
+            Case("/full/edited/test", "echo-v1", path="/test", headers=_BEFORE, sees=_AFTER),
+            Case("/prefix/edited/one", "echo-v1", path="/prefix/one", headers=_BEFORE,
+                 sees=_AFTER),
         ),
     ),
     Test(

@@ -55,8 +55,9 @@ def _redirect(path: str, fields: str) -> str:
     return f"{_match(path)}, filters: [{{type: RequestRedirect, requestRedirect: {{{fields}}}}}]"
 
 
-def _rewrite(path: str, change: str) -> str:
-    return (f"{_match(path)}, filters: [{{type: URLRewrite, urlRewrite: {{path: {{{change}}}}}}}], "
+def _rewrite(path: str, change: str, more: str = "") -> str:
+    return (f"{_match(path)}, filters: [{more}{{type: URLRewrite, urlRewrite: "
+            f"{{path: {{{change}}}}}}}], "
             f"backendRefs: [{_to('echo-v1')}]")  # fmt: skip
 
 
@@ -71,6 +72,12 @@ def _stamp(value: str) -> str:
 
 _V1, _V2 = f"backendRefs: [{_to('echo-v1')}]", f"backendRefs: [{_to('echo-v2')}]"
 _EDIT = "{type: RequestHeaderModifier, requestHeaderModifier: EDIT}"
+_EDITED = _EDIT.replace("EDIT", (
+    "{set: [{name: X-Header-Set, value: set-overwrites-values}], add: ["
+    "{name: X-Header-Add, value: val-1}, {name: X-Header-Add-Append, value: val-2}], "
+    "remove: [X-Header-Remove]}"
+)) + ", "  # fmt: skip
+_MIRRORED = "{type: RequestMirror, requestMirror: {backendRef: {name: echo-v2, port: 7070}}}"
 _HOST, _MOVED = "hostname: example.org", "statusCode: 301"
 _TO_PREFIX = "path: {type: ReplacePrefixMatch, replacePrefixMatch: /replacement-prefix}"
 _TO_FULL = "path: {type: ReplaceFullPath, replaceFullPath: /full-path-replacement}"
@@ -110,6 +117,9 @@ MANIFESTS: dict[str, list[dict[str, Any]]] = {
             _rewrite("/prefix/one", "type: ReplacePrefixMatch, replacePrefixMatch: /one"),
             _rewrite("/strip-prefix", "type: ReplacePrefixMatch, replacePrefixMatch: /"),
             _rewrite("/full/one", "type: ReplaceFullPath, replaceFullPath: /one"),
+            _rewrite("/full/edited", "type: ReplaceFullPath, replaceFullPath: /test", _EDITED),
+            _rewrite("/prefix/edited",
+                     "type: ReplacePrefixMatch, replacePrefixMatch: /prefix", _EDITED),
         ))
     ],
     "MeshHTTPRouteRedirectHostAndStatus": [
@@ -159,6 +169,13 @@ MANIFESTS: dict[str, list[dict[str, Any]]] = {
     "MeshGRPCRouteWeight": [
         _route(_rules(f"backendRefs: [{_to('echo-v1', 7070, 70)}, {_to('echo-v2', 7070, 30)}, "
                       f"{_to('echo-v3', 7070, 0)}]"), "port: 7070", kind="GRPCRoute")
+    ],
+    "MeshGRPCRouteRequestMirror": [
+        _route(_rules(*(
+            f"matches: [{{headers: [{{name: {name}, value: 'true'}}]}}], "
+            f"filters: [{filters}{_MIRRORED}], backendRefs: [{_to('echo-v1', 7070)}]"
+            for name, filters in (("x-mirror-only", ""), ("x-mirror-and-modify", _EDITED))
+        )), "port: 7070", kind="GRPCRoute")
     ],
     "MeshGRPCRouteRequestHeaderModifier": [
         _route(_rules(*(

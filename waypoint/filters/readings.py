@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
+from waypoint.paths import MOST_DECODINGS, decode_lax
+
 _PLAIN = re.compile(rb"(?:(?!//)[^%;\\])*")
 _PARAMETERS = re.compile(rb";[^/]*")
 _SLASHES = re.compile(rb"//+")
@@ -23,11 +25,23 @@ def path_readings(path: bytes) -> Sequence[bytes]:
         return (path,)
     found = {path: None}
     bare = _PARAMETERS.sub(b"", path)
-    for each in (bare, unquote_to_bytes(path), unquote_to_bytes(bare)):
+    for each in (bare, *_decodings(path), *_decodings(bare)):
         found[each] = None
         found[_SLASHES.sub(b"/", _PARAMETERS.sub(b"", each.replace(b"\\", b"/"))) or b"/"] = None
     found[_SLASHES.sub(b"/", path)] = None
     return tuple(found)
+
+
+def _decodings(path: bytes) -> Sequence[bytes]:
+    """Decoded once, and again as by every proxy on the way that decodes for the next."""
+    found = []
+    for _ in range(MOST_DECODINGS):
+        decoded = decode_lax(path)
+        if decoded == path:
+            break
+        found += [decoded, unquote_to_bytes(path)]
+        path = decoded
+    return found
 
 
 def host_readings(authority: bytes) -> Sequence[bytes]:

@@ -55,18 +55,20 @@ class _Echo(grpc.GenericRpcHandler):
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.heard: list[list[str]] = []
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         def say(_request: bytes, context: grpc.ServicerContext) -> bytes:
             pairs = [f"{k}={v}" for k, v in context.invocation_metadata() if k.startswith("x-")]
+            self.heard.append(pairs)
             return "\n".join([self._name, *pairs]).encode()
 
         return grpc.unary_unary_rpc_method_handler(say)
 
 
 @contextlib.contextmanager
-def _grpc_echo(name: str) -> Iterator[int]:
-    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=[_Echo(name)])
+def _grpc_echo(echo: _Echo) -> Iterator[int]:
+    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=[echo])
     port = server.add_insecure_port(f"{NODE_IP}:0")
     server.start()
     try:
@@ -81,17 +83,18 @@ def _with_grpc(app: App, port: int) -> Workload:
 
 
 @contextlib.asynccontextmanager
-async def _bench() -> AsyncIterator[tuple[Mesh, dict[str, App]]]:
+async def _bench() -> AsyncIterator[tuple[Mesh, dict[str, App], _Echo]]:
     held = _held()
     services = [held.service(name, NAMESPACE) for name in ADDRESSES]
     async with (
         running_app("echo-v1", _KEYS["echo"], _KEYS["echo-v1"]) as one,
         running_app("echo-v2", _KEYS["echo"], _KEYS["echo-v2"]) as two,
     ):
-        with _grpc_echo("echo-v1") as first, _grpc_echo("echo-v2") as second:
+        other = _Echo("echo-v2")
+        with _grpc_echo(_Echo("echo-v1")) as first, _grpc_echo(other) as second:
             pods = [_with_grpc(one, first), _with_grpc(two, second)]
             async with running_waypoint([*services, *pods, *_configs(held)]) as mesh:
-                yield mesh, {"echo-v1": one, "echo-v2": two}
+                yield mesh, {"echo-v1": one, "echo-v2": two}, other
 
 
 class _Client:
@@ -188,9 +191,30 @@ async def _modify_grpc(mesh: Mesh) -> None:
     assert await seen("remove", ("x-header-remove", "val")) == []
 
 
+async def _mirror_grpc(mesh: Mesh, other: _Echo) -> None:
+    """The answer is one pod's, the other hears the same, changed alike."""
+    port = await mesh.listen(f"{ADDRESSES['echo']}:7070")
+    sent = (("x-header-remove", "x"), ("x-header-add-append", "val-1"))
+    edited = {
+        "x-header-set=set-overwrites-values", "x-header-add=val-1",
+        "x-header-add-append=val-1,val-2",
+    }  # fmt: skip
+    for name, wanted in (("x-mirror-only", set[str]()), ("x-mirror-and-modify", edited)):
+        other.heard.clear()
+        metadata = ((name, "true"), *(sent if wanted else ()))
+        (lines,) = await trio.to_thread.run_sync(_call, port, 1, *metadata)
+        assert lines[0] == "echo-v1"
+        with trio.fail_after(20):
+            while not other.heard:
+                await trio.sleep(0.01)
+        for seen in (lines[1:], other.heard[0]):
+            assert f"{name}=true" in seen
+            assert {each for each in seen if each.startswith("x-header")} == wanted
+
+
 async def test_mesh_conformance() -> None:
     """All of them on one bench, one after the other as the suite does."""
-    async with _bench() as (mesh, apps):
+    async with _bench() as (mesh, apps, other):
         for name, manifest in MANIFESTS.items():
             held = _held(*manifest)
             await mesh.control_plane.apply(*_configs(held))
@@ -202,6 +226,8 @@ async def test_mesh_conformance() -> None:
                     await _weigh(client)
                 elif name == "MeshGRPCRouteWeight":
                     await _weigh_grpc(mesh)
+                elif name == "MeshGRPCRouteRequestMirror":
+                    await _mirror_grpc(mesh, other)
                 elif name == "MeshGRPCRouteRequestHeaderModifier":
                     await _modify_grpc(mesh)
             except AssertionError as exc:

@@ -33,7 +33,8 @@ _ADMIN = [
     "admin", "admin/", "admin//", "admin/x", "admin;x", "admin;x=y/z", "admin%2f", "%61dmin",
     "%61%64%6d%69%6e", "admin%3bx", "admin?x=/public/", "admin%3f", "%2561dmin", "admin%00",
     "./admin", ".%2fadmin", "admin/.", "admin/../admin", "x/../admin", "admin.", "admin%20",
-    "admin%09", "admin#x",
+    "admin%09", "admin#x", "%25%36%31dmin", "%252561dmin", "%c1%a1dmin", "%e0%81%a1dmin",
+    "%25c1%25a1dmin", "admin%253bx", "%u0061dmin", "admin%252fx",
 ]  # fmt: skip
 TARGETS = sorted(
     {
@@ -45,13 +46,22 @@ TARGETS = sorted(
 )
 
 
-def _lands(target: bytes, *, decodes: bool, drops_parameters: bool, merges: bool) -> bytes:
+_OVERLONG = {
+    b"\xc0\xae": b".", b"\xc0\xaf": b"/", b"\xc1\xa1": b"a", b"\xe0\x81\xa1": b"a",
+}  # fmt: skip
+
+
+def _lands(target: bytes, *, decodes: int, drops_parameters: bool, merges: bool) -> bytes:
     """Where an endpoint that reads paths in this way ends up."""
     path = target.partition(b"?")[0]
     if drops_parameters:
         path = re.sub(rb";[^/]*", b"", path)
-    if decodes:
-        path = unquote_to_bytes(path).replace(b"\xc0\xae", b".").replace(b"\xc0\xaf", b"/")
+    for _ in range(decodes):
+        path = unquote_to_bytes(path)
+        for encoded, meant in _OVERLONG.items():
+            path = path.replace(encoded, meant)
+    if drops_parameters:
+        path = re.sub(rb";[^/]*", b"", path)
     if merges:
         path = re.sub(rb"[/\\]+", b"/", path)
     found: list[bytes] = []
@@ -68,7 +78,7 @@ def readings(target: bytes) -> set[bytes]:
     both = (False, True)
     return {
         _lands(target, decodes=decodes, drops_parameters=drops, merges=merges)
-        for decodes, drops, merges in itertools.product(both, both, both)
+        for decodes, drops, merges in itertools.product(range(4), both, both)
     }
 
 

@@ -4,10 +4,6 @@ real client and server on both sides, and what must not be taken for an upgrade.
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
-import os
 import struct
 
 import pytest
@@ -20,128 +16,22 @@ from mesh.model.l7_policy import (
     L7Rule,
     TrafficConfig,
 )
-from tests.support.waypoints import Mesh, key, running_app, running_waypoint, service, traffic
-
-pytestmark = pytest.mark.usefixtures("no_fd_leak")
-
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-_KEY = base64.b64encode(b"0123456789abcdef")
-_ACCEPT = base64.b64encode(hashlib.sha1(_KEY + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
-ASK = (
-    b"GET /chat HTTP/1.1\r\nhost: web\r\nconnection: keep-alive, Upgrade\r\nupgrade: WebSocket\r\n"
-    b"sec-websocket-version: 13\r\nsec-websocket-key: " + _KEY + b"\r\n\r\n"
+from tests.support.waypoints import key, running_app, running_waypoint, service, traffic
+from tests.support.websockets import (
+    ASK,
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    TEXT,
+    ChatServer,
+    Reader,
+    frame,
+    join,
 )
 
-
-def frame(opcode: int, payload: bytes = b"", *, fin: bool = True, masks: bool = True) -> bytes:
-    size = len(payload)
-    head = bytes((opcode | (0x80 if fin else 0),))
-    mask = 0x80 if masks else 0
-    if size < 126:
-        head += bytes((mask | size,))
-    elif size < 1 << 16:
-        head += struct.pack(">BH", mask | 126, size)
-    else:
-        head += struct.pack(">BQ", mask | 127, size)
-    if not masks:
-        return head + payload
-    chosen = os.urandom(4)
-    key_stream = (chosen * (size // 4 + 1))[:size]
-    mixed = int.from_bytes(payload, "big") ^ int.from_bytes(key_stream, "big")
-    return head + chosen + mixed.to_bytes(size, "big")
-
-
-class Reader:
-    """Exactly as many bytes as asked for; EOFError at the end."""
-
-    def __init__(self, stream: trio.abc.ReceiveStream, data: bytes = b"") -> None:
-        self._stream = stream
-        self._data = bytearray(data)
-
-    async def take(self, count: int) -> bytes:
-        with trio.fail_after(30):
-            while len(self._data) < count:
-                piece = await self._stream.receive_some(65536)
-                if not piece:
-                    raise EOFError
-                self._data += piece
-        found = bytes(self._data[:count])
-        del self._data[:count]
-        return found
-
-    async def head(self) -> bytes:
-        found = b""
-        while not found.endswith(b"\r\n\r\n"):
-            found += await self.take(1)
-        return found
-
-    async def frame(self) -> tuple[int, bool, bytes]:
-        """Opcode, whether it is the last, payload."""
-        first, size = await self.take(2)
-        masked, size = size & 0x80, size & 0x7F
-        if size == 126:
-            size = int.from_bytes(await self.take(2), "big")
-        elif size == 127:
-            size = int.from_bytes(await self.take(8), "big")
-        mask = await self.take(4) if masked else b"\0\0\0\0"
-        data = await self.take(size)
-        plain = int.from_bytes(data, "big") ^ int.from_bytes((mask * (size // 4 + 1))[:size], "big")
-        return first & 0x0F, bool(first & 0x80), plain.to_bytes(size, "big")
-
-
-class ChatServer:
-    """Echoes messages frame by frame, answers pings, closes with the code it is closed with."""
-
-    def __init__(self) -> None:
-        self.heads: list[bytes] = []
-        self.closed: list[bytes] = []
-
-    async def serve(self, stream: trio.SocketStream) -> None:
-        reader = Reader(stream)
-        with contextlib.suppress(trio.BrokenResourceError, EOFError):
-            async with stream:
-                while True:
-                    head = await reader.head()
-                    self.heads.append(head)
-                    if b"upgrade: websocket" not in head.lower() or b"/refuse" in head:
-                        await stream.send_all(b"HTTP/1.1 426 x\r\ncontent-length: 2\r\n\r\nno")
-                        continue
-                    await stream.send_all(
-                        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\n"
-                        b"connection: Upgrade\r\nsec-websocket-accept: " + _ACCEPT + b"\r\n\r\n"
-                        + frame(TEXT, b"welcome", masks=False)
-                    )  # fmt: skip
-                    await self._chat(stream, reader)
-                    return
-
-    async def _chat(self, stream: trio.SocketStream, reader: Reader) -> None:
-        while True:
-            opcode, fin, payload = await reader.frame()
-            if opcode == PING:
-                await stream.send_all(frame(PONG, payload, masks=False))
-            elif opcode == CLOSE:
-                self.closed.append(payload)
-                await stream.send_all(frame(CLOSE, payload, masks=False))
-                return
-            elif payload == b"bye":
-                await stream.send_all(frame(CLOSE, struct.pack(">H", 1001), masks=False))
-                self.closed.append((await reader.frame())[2])
-                return
-            elif opcode != PONG:
-                await stream.send_all(frame(opcode, payload, fin=fin, masks=False))
-
-
-async def join(mesh: Mesh, more: bytes = b"") -> tuple[trio.SocketStream, Reader]:
-    """An open chat; `more` is sent in the same breath as the request."""
-    stream = await mesh.open("10.96.0.1:80")
-    await stream.send_all(ASK + more)
-    reader = Reader(stream)
-    head = (await reader.head()).lower()
-    assert head.startswith(b"http/1.1 101 ")
-    assert b"\r\nupgrade: websocket\r\n" in head
-    assert _ACCEPT.lower() in head
-    assert await reader.frame() == (TEXT, True, b"welcome")
-    return stream, reader
+pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
 
 async def test_messages_of_every_kind_and_size() -> None:

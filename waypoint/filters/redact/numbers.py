@@ -14,11 +14,21 @@ from stdnum import iban, luhn, numdb
 from waypoint.filters.redact.spans import SEPARATORS, Found, after_group, naming, stands_alone
 
 _is_named_card = naming(rb"card|\bpan\b|visa|maestro|master|diners|credit|debit|\bcc\b|payment")
+BLANKS = rb"\xc2\xa0|\xe2\x80[\x80-\x8b\xaf]"
+"""Blanks of typography, in UTF-8: no-break, thin, figure and others."""
+ODD = rb"(?:[._/]| - |  |\xe2\x80[\x90-\x94]|" + BLANKS + rb")"
+"""What stands between the groups of a card beside one blank or dash."""
+_ODD_GROUPS = re.compile(
+    rb"\d{4}(?P<s>" + ODD + rb")(?:\d{4}(?P=s)\d{4}(?P=s)\d{4}(?:(?P=s)\d{1,3})?"
+    rb"|\d{6}(?P=s)\d{4,5})"
+)
+_NOT_DIGIT = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
+_NOT_LETTER = bytes(byte for byte in range(256) if not bytes((byte,)).isalnum())
 _GROUPS = re.compile(rb"\d{4}(?P<s>[ -])\d{4}(?P=s)\d{4}(?P=s)\d{1,4}(?:(?P=s)\d{1,3})?")
 _FIRST_GROUPS = re.compile(
     rb"(?:\d{4}([ -])(?:\d{4}\1\d{4}\1\d{4}|\d{6}\1\d{5})|\d{15,16})(?=[ -])"
 )
-_GROUPS_15 = re.compile(rb"\d{4}([ -])\d{6}\1\d{4,5}")
+_GROUPS_15 = re.compile(rb"\d{4}([ -])\d{6}\1\d{4,5}|62\d{4}[ -]\d{13}")
 
 
 def check_card(view: bytes, start: int, end: int) -> Found:
@@ -27,11 +37,17 @@ def check_card(view: bytes, start: int, end: int) -> Found:
     if not stands_alone(view, start, end):
         return after_group(view, start, end)
     text = view[start:end]
+    digits = text.translate(None, _NOT_DIGIT)
+    size = len(digits)
+    if _ODD_GROUPS.fullmatch(text) and _is_good(digits):
+        return start, end
     if _is_card(text):
         # Odd lengths are hardly issued any more, and what else has them is common.
         if len(text) not in (12, 13, 14) or _is_named_card(view, start):
             return start, end
         return end
+    if 15 <= size <= 16 and _is_good(digits) and _is_named_card(view, start):
+        return start, end  # whatever its groups
     first = _FIRST_GROUPS.match(text)  # a card, then an expiry date or a code
     if first and _is_card(first.group()):
         return start, start + first.end()
@@ -42,6 +58,10 @@ def _is_card(text: bytes) -> bool:
     digits = text.translate(None, SEPARATORS)
     if len(digits) != len(text) and not (_GROUPS.fullmatch(text) or _GROUPS_15.fullmatch(text)):
         return False
+    return _is_good(digits)
+
+
+def _is_good(digits: bytes) -> bool:
     return _is_issued(digits) and len(set(digits)) > 1 and luhn.is_valid(digits.decode())
 
 
@@ -79,9 +99,9 @@ def check_iban(view: bytes, start: int, end: int) -> Found:
         return start + 1
     taken, place = 0, start
     while place < end and taken < size:
-        taken += view[place] != 32
+        taken += view[place] not in _NOT_LETTER
         place += 1
     if taken < size or (place < len(view) and view[place : place + 1].isalnum()):
         return start + 1
-    text = view[start:place].decode("ascii")
+    text = view[start:place].translate(None, _NOT_LETTER).decode("ascii")
     return (start, place) if iban.is_valid(text, check_country=False) else start + 1

@@ -18,7 +18,7 @@ PHONE = (
     rb"|(?:\(0\d{1,5}\)|\b0[1-9]\d{0,4})(?:[ ./-]{1,2}\d{2,8}){1,5}\b"
     rb"|\(\d{2,4}\)[ -]?\d{3,5}[ -]?\d{4}\b|\b1[3-9]\d[ -]\d{4}[ -]\d{4}\b"
     rb"|\b[6-9]\d{4} \d{5}\b"
-    rb"|\b8 ?\(\d{3}\) ?\d{3}[ -]\d{2}[ -]\d{2}\b"
+    rb"|\b8[ -]?\(?\d{3}\)?[ -]?\d{3}[ -]\d{2}[ -]\d{2}\b"
     rb"|(?:^|[^0-9A-Za-z_.])(?:07[1-9]\d{8}|00[1-9]\d{10,12})\b"
 )
 """What needs no name; the others are `named_numbers`'."""
@@ -31,7 +31,7 @@ _is_named = naming(PHONE_NAMES)
 _NANP = re.compile(rb"(?:(?:00)?1[ .-])?\(?(\d{3})\)?[ .-]?(\d{3})[ .-]\d{4}")
 _KNOWN = re.compile(
     rb"\((?!0)\d{2,4}\)[ -]?\d{3,5}[ -]?\d{4}|1[3-9]\d([ -])\d{4}\1\d{4}|[6-9]\d{4} \d{5}"
-    rb"|8 ?\(\d{3}\) ?\d{3}[ -]\d{2}[ -]\d{2}"
+    rb"|8([ -]?)\(?\d{3}\)?\2?\d{3}[ -]\d{2}[ -]\d{2}"
 )
 """Brazil and others with an area in brackets, China, India, Russia."""
 _EXTENDED = re.compile(rb" ?(?:x|ext\.?) ?\d{1,5}\Z")
@@ -69,7 +69,11 @@ def check_phone(view: bytes, start: int, end: int) -> Found:
     if digits[:2] == b"00":
         return (start, end) if 10 <= len(digits) <= 17 else _next_start(text, start, end)
     if digits[:1] == b"0":
-        return (start, end) if 9 <= len(digits) <= 12 else _next_start(text, start, end)
+        size = len(digits)
+        if 9 <= size <= 12 or (digits[:3] == b"011" and 13 <= size <= 18):  # from North America
+            return start, end
+        is_short = 7 <= size <= 8 and _is_named(view, start)
+        return (start, end) if is_short else _next_start(text, start, end)
     if _KNOWN.fullmatch(text):
         return start, end
     if 7 <= len(digits) <= 14 and _is_named(view, start):

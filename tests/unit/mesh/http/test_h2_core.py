@@ -474,7 +474,8 @@ def test_streams_beyond_the_limit_are_refused() -> None:
 
 def test_stream_ids_only_grow() -> None:
     core, recorder = server()
-    feed(core, headers(5), headers(3))
+    feed(core, headers(5))
+    assert refused(core, headers(3)) == h2.STREAM_CLOSED
     assert [event[1] for event in recorder.take()] == [5]
     assert list(core.streams) == [5]
 
@@ -503,7 +504,8 @@ def test_a_header_list_that_unpacks_too_far_ends_the_connection() -> None:
         ([headers(1)], data(1, b"")),
         ([headers(1)], data(1, b"\x01\x00", h2.PADDED)),
         ([headers(1), h2.pack_rst(1, 8)], h2.pack_rst(1, 8)),
-        ([headers(1), h2.pack_rst(1, 8)], headers(1, flags=WHOLE | END)),
+        ([headers(1), h2.pack_window_update(1, 0)], headers(1, flags=WHOLE | END)),
+        ([headers(1), h2.pack_rst(1, 8)], data(1, b"x")),
     ],
 )
 def test_floods_of_cheap_frames_meet_the_bucket(first: list[bytes], frame: bytes) -> None:
