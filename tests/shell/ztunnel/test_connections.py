@@ -17,7 +17,7 @@ from mesh.identity import SpiffeId
 from mesh.model.authorization import Action, Authorization, PolicyScope, Rule
 from mesh.model.store import Store
 from mesh.model.workload import Workload
-from mesh.runtime.metrics import TcpMetrics
+from mesh.runtime.tcp_metrics import TcpMetrics
 from ztunnel.connections import Connections, Judges, Tracked
 from ztunnel.record import Journal, Record
 
