@@ -47,11 +47,11 @@ class Tracked:
     work: Fiber | trio.CancelScope | None = None
     cut: Refusal | None = None
 
-    limits: dict[Tracked, tuple[float, Refusal]] = field(default_factory=dict)
+    limits: dict[Tracked, tuple[float, Callable[[], Refusal]]] = field(default_factory=dict)
 
-    def limit(self, seconds: float, late: Refusal) -> None:
+    def limit(self, seconds: float, late: Callable[[], Refusal]) -> None:
         """What happens next must be over in `seconds`, give or take LIMIT_STEP_SECONDS, or the
-        connection ends as `late`.
+        connection ends as `late()` says.
 
         One task looks after all limits: a timer each would cost more than what it guards.
         """
@@ -131,7 +131,7 @@ class Connections:
         self._judges = judges
         self._journal = journal
         self._open: dict[Tracked, None] = {}
-        self._limits: dict[Tracked, tuple[float, Refusal]] = {}
+        self._limits: dict[Tracked, tuple[float, Callable[[], Refusal]]] = {}
         self._policies_changed = False
         self._changed_workloads: set[str] = set()
         self._wake = trio.Event()
@@ -277,7 +277,7 @@ class Connections:
                 late = [each for each, (deadline, _) in self._limits.items() if deadline <= now]
                 for tracked in late:
                     _, refusal = self._limits.pop(tracked)
-                    tracked.end(refusal)
+                    tracked.end(refusal())
 
     def _add(self, tracked: Tracked) -> Tracked:
         self._open[tracked] = None

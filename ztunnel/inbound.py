@@ -248,8 +248,10 @@ def _judge(
 async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked) -> socket.socket:
     config = proxy.node.config
 
+    def late() -> Refusal:
+        return Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
+
     def limit() -> None:
-        late = Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None

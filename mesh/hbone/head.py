@@ -32,7 +32,7 @@ _FORWARDED_PART = re.compile(r'\s*([A-Za-z]+)=(?:"([^"\\]*)"|([^\s";,]*))\s*')
 _WORKLOAD_KINDS: Final = ("deployment", "cronjob", "pod", "job")
 _KNOWN: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
 _NOT_TOLD: Final = [""]
-_CONNECTION_KEY: Final = "ambit.connection.id="
+CONNECTION_KEY: Final = "ambit.connection.id="
 _CONNECTION_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _REMEMBERED_BAGGAGE: Final = 1024
 _FEW_HEADERS: Final = 4
@@ -196,15 +196,15 @@ def take_connection_id(headers: Iterable[str]) -> tuple[str, list[str]]:
     found = ""
     rest = []
     for header in headers:
-        at = header.find(_CONNECTION_KEY)
+        at = header.find(CONNECTION_KEY)
         if at < 0 or (at and header[at - 1] != ","):
             rest.append(header)
             continue
         end = header.find(",", at)
         if end < 0:
-            value, left = header[at + len(_CONNECTION_KEY) :], header[: max(at - 1, 0)]
+            value, left = header[at + len(CONNECTION_KEY) :], header[: max(at - 1, 0)]
         else:
-            value, left = header[at + len(_CONNECTION_KEY) : end], header[:at] + header[end + 1 :]
+            value, left = header[at + len(CONNECTION_KEY) : end], header[:at] + header[end + 1 :]
         found = value if _CONNECTION_ID.fullmatch(value) else ""
         if left:
             rest.append(left)
@@ -228,6 +228,11 @@ def parse_forwarded(text: str) -> Forwarded | None:
     return Forwarded(fields.get("for", ""), fields.get("host", "").lower())
 
 
+def traceparent_of(trace_id: str, parent: int) -> str:
+    """A W3C `traceparent`, not sampled, of a trace's id (32 hex digits) and a 64-bit number."""
+    return f"00-{trace_id}-{parent:016x}-00"
+
+
 def traceparent(random_bytes: bytes, *, is_sampled: bool = False) -> str:
     """A W3C `traceparent` from 24 bytes: the trace's id and the parent's."""
     if len(random_bytes) != 24:
@@ -241,7 +246,7 @@ def encode_request(head: ConnectHead) -> list[Pair]:
     pairs = [(b":method", b"CONNECT"), (b":authority", head.authority.encode("ascii"))]
     text = encode_baggage(head.baggage) if head.baggage is not None else ""
     if head.connection_id:
-        text += f"{',' if text else ''}{_CONNECTION_KEY}{head.connection_id}"
+        text += f"{',' if text else ''}{CONNECTION_KEY}{head.connection_id}"
     if text:
         pairs.append((b"baggage", text.encode("ascii")))
     if head.forwarded is not None:

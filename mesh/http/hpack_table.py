@@ -140,11 +140,11 @@ def _encode_field(pair: Pair) -> bytes:
     if index is not None:
         return encode_integer(index, 7, 0x80)
     name, value = pair
-    return b"%b%b%b" % (_encode_name(name), _encode_length(len(value)), value)
+    return b"%b%b%b" % (encode_name(name), encode_length(len(value)), value)
 
 
 @functools.lru_cache(maxsize=256)
-def _encode_name(name: bytes) -> bytes:
+def encode_name(name: bytes) -> bytes:
     """The beginning of a literal without indexing."""
     index = _NAME_INDEX.get(name)
     if index is None:
@@ -153,7 +153,8 @@ def _encode_name(name: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
-def _encode_length(length: int) -> bytes:
+def encode_length(length: int) -> bytes:
+    """What precedes a value of that many bytes, not Huffman-coded."""
     return encode_integer(length, 7, 0)
 
 

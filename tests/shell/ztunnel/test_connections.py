@@ -130,7 +130,7 @@ async def test_a_limit_ends_as_it_said() -> None:
     async with world() as (made, _):
 
         async def work(each: Tracked) -> RelayResult:
-            each.limit(0.01, Refusal("CONNECT", "too late"))
+            each.limit(0.01, lambda: Refusal("CONNECT", "too late"))
             return await forever(each)
 
         await made.connections.carry(made.admit(), work)
@@ -141,7 +141,7 @@ async def test_a_limit_that_was_kept_does_nothing() -> None:
     async with world() as (made, _):
 
         async def work(each: Tracked) -> RelayResult:
-            each.limit(0.01, Refusal("CONNECT", "too late"))
+            each.limit(0.01, lambda: Refusal("CONNECT", "too late"))
             each.unlimit()
             await trio.sleep(0.03)
             return RelayResult(0, 0, None)
