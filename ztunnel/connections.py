@@ -103,6 +103,10 @@ class Judges:
         would = rehearsal.evaluate(context)
         return verdict, would if isinstance(would, Refusal) else None
 
+    def rehearses(self, workload: Workload) -> bool:
+        """Whether dry-run policies have something to say about each connection to `workload`."""
+        return self._judge(workload)[2] is not None
+
     def forget(self, workload_uid: str) -> None:
         """The workload is no longer served here."""
         self._judges.pop(workload_uid, None)
