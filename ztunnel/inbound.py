@@ -9,7 +9,6 @@ here: see `ztunnel.plan` and `mesh.authz`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import socket
 import struct
@@ -67,7 +66,8 @@ async def serve_plaintext(proxy: PodProxy, sock: socket.socket, peer: SocketAddr
         node.connections.refused(record, verdict)
         return
     tracked, plan = verdict
-    await node.connections.carry(tracked, functools.partial(_relay_plaintext, proxy, sock, plan))
+    with node.connections.carrying(tracked) as work:
+        work.result = await _relay_plaintext(proxy, sock, plan, tracked)
 
 
 def _admit_plaintext(
@@ -193,9 +193,8 @@ async def _serve_tunnel(proxy: PodProxy, admissions: Admissions, tunnel: Tunnel)
             node.connections.refused(record, verdict)
             return
         tracked, admitted = verdict
-        await node.connections.carry(
-            tracked, functools.partial(_relay_tunnel, proxy, tunnel, admitted)
-        )
+        with node.connections.carrying(tracked) as work:
+            work.result = await _relay_tunnel(proxy, tunnel, admitted, tracked)
     finally:
         proxy.inbound_tunnels -= 1
         # Whoever was not answered hears something, whatever happened here.
@@ -242,7 +241,7 @@ async def _relay_tunnel(
             tunnel.refuse(_STATUS_DENIED if cut_by_policy else _STATUS_UNAVAILABLE)
     tunnel.respond(baggage=baggage_of(admitted.workload))
     tunnel.relay(upstream, has_spoken=False)
-    proxy.node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
+    proxy.node.connections.opened(tracked, tunnel.counts)
     return await tunnel.wait_closed()
 
 

@@ -56,11 +56,11 @@ async def serve(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> No
         return
     _note_route(record, route)
     tracked = node.connections.track(record, proxy.pod.uid, workload)
-    if isinstance(route, TunnelRoute):
-        carry = functools.partial(_tunnel, proxy, sock, peer, destination, workload, route)
-    else:
-        carry = functools.partial(_passthrough, proxy, sock, route.plan)
-    await node.connections.carry(tracked, carry)
+    with node.connections.carrying(tracked) as work:
+        if isinstance(route, TunnelRoute):
+            work.result = await _tunnel(proxy, sock, peer, destination, workload, route, tracked)
+        else:
+            work.result = await _passthrough(proxy, sock, route.plan, tracked)
 
 
 def _note_route(record: Record, route: Route) -> None:
@@ -108,18 +108,18 @@ async def _tunnel(
 ) -> RelayResult:
     node, record = proxy.node, tracked.record
     record.is_mutual_tls = True
-
-    def late() -> Refusal:
-        return Refusal("CONNECT", f"no answer from {record.destination_address} in time")
-
-    tracked.limit(RESPONSE_SECONDS, late)
+    tracked.limit(RESPONSE_SECONDS, functools.partial(_late, record))
     tunnel, response = await _reach(proxy, peer, destination, source, route, record)
     tracked.unlimit()
     if response.status != _STATUS_OK:
         raise _refused(record, response.status)
     tunnel.relay(sock, is_reset_on_close=True)
-    node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
+    node.connections.opened(tracked, tunnel.counts)
     return await tunnel.wait_closed()
+
+
+def _late(record: Record) -> Refusal:
+    return Refusal("CONNECT", f"no answer from {record.destination_address} in time")
 
 
 def _refused(record: Record, status: int) -> Denied | Unavailable:

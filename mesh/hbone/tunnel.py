@@ -170,6 +170,10 @@ class Tunnel:
             self.reset(reason="cancelled")
         return RelayResult(self.sent, self.received, self._error)
 
+    def counts(self) -> tuple[int, int]:
+        """`sent` and `received`."""
+        return self.sent, self.received
+
     # ---- for the sink
 
     @property
