@@ -44,27 +44,32 @@ async def serve(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> No
     record.source_address = str(peer)
     try:
         destination = sockets.original_destination(sock, peer)
-        record.original_destination = record.destination_address = str(destination)
-        workload = proxy.workload or await proxy.wait_workload()
+        workload = proxy.workload
+        if workload is None:
+            record.original_destination = record.destination_address = str(destination)
+            workload = await proxy.wait_workload()
     except Unavailable as exc:
         node.connections.failed(record, exc)
         return
     record.source, record.source_identity = workload, workload.identity
     route = proxy.routes.find(workload, peer.ip, destination)
     if isinstance(route, Refusal):
+        record.original_destination = record.destination_address = str(destination)
         node.connections.refused(record, route)
         return
+    destination = route.destination  # one object for all that go there
     _note_route(record, route)
     tracked = node.connections.track(record, proxy.pod.uid, workload)
     with node.connections.carrying(tracked) as work:
         if isinstance(route, TunnelRoute):
-            work.result = await _tunnel(proxy, sock, peer, destination, workload, route, tracked)
+            work.result = await _tunnel(proxy, sock, peer, workload, route, tracked)
         else:
             work.result = await _passthrough(proxy, sock, route.plan, tracked)
 
 
 def _note_route(record: Record, route: Route) -> None:
     plan = route.plan
+    record.original_destination = route.asked
     record.destination, record.service = plan.workload, plan.service
     record.destination_address, record.hbone_address = route.next_hop, plan.authority
     record.protocol = route.protocol
@@ -101,7 +106,6 @@ async def _tunnel(
     proxy: PodProxy,
     sock: socket.socket,
     peer: SocketAddress,
-    destination: SocketAddress,
     source: Workload,
     route: TunnelRoute,
     tracked: Tracked,
@@ -109,7 +113,7 @@ async def _tunnel(
     node, record = proxy.node, tracked.record
     record.is_mutual_tls = True
     tracked.limit(RESPONSE_SECONDS, functools.partial(_late, record))
-    tunnel, response = await _reach(proxy, peer, destination, source, route, record)
+    tunnel, response = await _reach(proxy, peer, source, route, record)
     tracked.unlimit()
     if response.status != _STATUS_OK:
         raise _refused(record, response.status)
@@ -137,7 +141,6 @@ def _refused(record: Record, status: int) -> Denied | Unavailable:
 async def _reach(
     proxy: PodProxy,
     peer: SocketAddress,
-    destination: SocketAddress,
     source: Workload,
     route: TunnelRoute,
     record: Record,
@@ -154,7 +157,7 @@ async def _reach(
             unreached.add(workload.uid if workload is not None else "")
             other = None
             if len(unreached) < MAX_HOPS_TRIED:
-                other = proxy.routes.elsewhere(source, peer.ip, destination, unreached)
+                other = proxy.routes.elsewhere(source, peer.ip, route.destination, unreached)
             if other is None:
                 raise exc.cause from exc
         route = other

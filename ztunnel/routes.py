@@ -26,8 +26,10 @@ MAX_REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A plan; where to and how, as text."""
+    """A plan for `destination`; that, and where to and how, as text."""
 
+    destination: SocketAddress
+    asked: str
     plan: OutboundPlan
     next_hop: str
     protocol: str
@@ -76,7 +78,9 @@ class Routes:
             return known
         dice = _Dice(self._rng)
         plan = plan_outbound(source, destination, self._store, dice)
-        found = plan if isinstance(plan, Refusal) else self._route(source, source_ip, plan)
+        found = (
+            plan if isinstance(plan, Refusal) else self._route(source, source_ip, destination, plan)
+        )
         if not dice.were_thrown:
             if len(self._decided) >= MAX_REMEMBERED:
                 self._decided.clear()
@@ -92,28 +96,37 @@ class Routes:
     ) -> TunnelRoute | None:
         """Another tunnel than to `unreached` (uids of workloads), None if there is none."""
         plan = plan_elsewhere(source, destination, self._store, self._rng, unreached)
-        return None if plan is None else _through_tunnel(source, source_ip, plan)
+        return None if plan is None else _through_tunnel(source, source_ip, destination, plan)
 
-    def _route(self, source: Workload, source_ip: str, plan: OutboundPlan) -> Route:
+    def _route(
+        self, source: Workload, source_ip: str, destination: SocketAddress, plan: OutboundPlan
+    ) -> Route:
         # By the identity of what the plan names, which hashes faster; the route keeps the plan.
-        key = (id(plan.workload), id(plan.service), plan.next_hop, plan.authority, source_ip)
+        ends = (source_ip, destination)
+        key = (id(plan.workload), id(plan.service), plan.next_hop, plan.authority, *ends)
         known = self._routes.get(key)
         if known is None:
             if len(self._routes) >= MAX_REMEMBERED:
                 self._routes.clear()
-            known = self._routes[key] = _make_route(source, source_ip, plan)
+            known = self._routes[key] = _make_route(source, source_ip, destination, plan)
         return known
 
 
-def _make_route(source: Workload, source_ip: str, plan: OutboundPlan) -> Route:
+def _make_route(
+    source: Workload, source_ip: str, destination: SocketAddress, plan: OutboundPlan
+) -> Route:
     if plan.carrier is Carrier.TCP:
-        return Route(plan, str(plan.next_hop), plan.carrier.value)
-    return _through_tunnel(source, source_ip, plan)
+        hop = str(plan.next_hop)
+        return Route(destination, str(destination), plan, hop, plan.carrier.value)
+    return _through_tunnel(source, source_ip, destination, plan)
 
 
-def _through_tunnel(source: Workload, source_ip: str, plan: OutboundPlan) -> TunnelRoute:
+def _through_tunnel(
+    source: Workload, source_ip: str, destination: SocketAddress, plan: OutboundPlan
+) -> TunnelRoute:
     hop = plan.next_hop
     key = PoolKey(source.identity, plan.expected, SocketAddress(hop.host, hop.port), source_ip)
     host = plan.service.hostname if plan.service is not None else ""
     template = HeadTemplate(plan.authority, baggage_of(source), host)
-    return TunnelRoute(plan, str(hop), plan.carrier.value, key, template)
+    asked, carrier = str(destination), plan.carrier.value
+    return TunnelRoute(destination, asked, plan, str(hop), carrier, key, template)
