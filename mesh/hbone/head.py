@@ -274,9 +274,15 @@ def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
     The authority is checked here, and kept in its canonical form.
     """
     told = tuple(pairs)
-    if tuple(name for name, _ in told) == _AS_OURS and told[0][1] == b"CONNECT":
-        _, authority, baggage, forwarded, trace = (value.decode("latin-1") for _, value in told)
-        return _read_request(authority, [baggage], forwarded, trace)
+    if len(told) == len(_AS_OURS):
+        (first, method), (second, authority), (third, baggage), fourth, fifth = told
+        if (first, second, third, fourth[0], fifth[0]) == _AS_OURS and method == b"CONNECT":
+            return _read_request(
+                authority.decode("latin-1"),
+                [baggage.decode("latin-1")],
+                fourth[1].decode("latin-1"),
+                fifth[1].decode("latin-1"),
+            )
     pseudo: dict[bytes, bytes] = {}
     known: dict[bytes, list[str]] = {}
     extra: list[Pair] = []
