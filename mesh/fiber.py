@@ -32,11 +32,6 @@ class Cut(BaseException):
     """This fiber is cancelled. Whoever catches it cleans up and lets it go on."""
 
 
-@types.coroutine
-def _park() -> Generator[object, None, None]:
-    yield _PARKED
-
-
 def current() -> Fiber | None:
     """The fiber that runs now, None in a trio task."""
     return _current
@@ -71,10 +66,10 @@ class Fiber:
             self._is_ready = False
             self._step(None)
 
-    async def park(self) -> None:
-        """Wait for `wake()`. Raises Cut."""
+    def park(self) -> Generator[object, None, None]:
+        """Wait for `wake()`; to be yielded from. Raises Cut."""
         if not self._is_cut:
-            await _park()
+            yield _PARKED
         if self._is_cut:
             raise Cut
 
@@ -163,20 +158,24 @@ class Signal:
         if self._event is not None:
             self._event.set()
 
-    async def wait(self) -> None:
-        """Until it is set. If cancelled: nothing is changed."""
+    @types.coroutine
+    def wait(self) -> Generator[Any, Any, None]:
+        """Until it is set. If cancelled: nothing is changed.
+
+        A bare generator: thousands of connections wait here, and each `async def` is a frame.
+        """
         if _current is None:
             if self._event is None:
                 self._event = trio.Event()
                 if self.is_set:
                     self._event.set()
-            await self._event.wait()
+            yield from self._event.wait().__await__()
             return
         while not self.is_set:
             if self._fiber not in (None, _current):
                 raise RuntimeError("a second fiber waits for one signal")
             self._fiber = _current
-            await _current.park()
+            yield from _current.park()
 
 
 async def in_task(nursery: trio.Nursery | None, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:

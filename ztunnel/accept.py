@@ -46,6 +46,7 @@ class Acceptor:
         self._fibers = fibers
         self._name = name
         self._listener = listener
+        self._family = listener.family
         self._serve = serve
         self._left = limit
         reactor.add(listener.fileno(), self, READABLE)
@@ -62,7 +63,7 @@ class Acceptor:
         """Take what waits, up to a portion."""
         for _ in range(min(ACCEPTS_PER_TURN, self._left)):
             try:
-                sock, peer = self._listener.accept()
+                sock, peer = sockets.accept(self._listener, self._family)
             except BlockingIOError:
                 return
             except OSError as exc:
@@ -73,7 +74,7 @@ class Acceptor:
                     return
                 continue
             self._left -= 1
-            self._fibers.start(self._serve_one(sock, sockets.from_sockaddr(peer)))
+            self._fibers.start(self._serve_one(sock, peer))
         if not self._left:
             self._watch(0)
 

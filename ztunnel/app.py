@@ -29,6 +29,7 @@ from mesh.reactor import Reactor
 from mesh.runtime import lifecycle, log, metrics
 from mesh.runtime.admin import Readiness, metrics_app, readiness_app
 from mesh.runtime.lifecycle import Shutdown
+from mesh.runtime.tcp_metrics import TcpMetrics
 from mesh.runtime.tracing import Tracer, open_tracer
 from mesh.runtime.tracing.attributes import resource
 from mesh.secrets import SecretManager, fetch_certificate
@@ -59,7 +60,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
     tracer = open_tracer(config, "ztunnel", _described(config), registry)
-    tcp_metrics = metrics.TcpMetrics(registry)
+    tcp_metrics = TcpMetrics(registry)
     access = log.AccessLog()
     readiness = Readiness()
     synced = readiness.task("state manager")

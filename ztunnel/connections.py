@@ -5,13 +5,14 @@ workload it ends at, changes, its facts are judged anew; what is no longer permi
 ("closed due to policy change") and both ends see a reset. A connection whose own
 workload got another identity is cut in both directions: it was opened in another's name.
 
-`carry` runs one connection's work and writes its record, exactly once, whatever happens.
+`carrying` is around one connection's work and writes its record, exactly once, whatever happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 import trio
 
@@ -47,11 +48,11 @@ class Tracked:
     work: Fiber | trio.CancelScope | None = None
     cut: Refusal | None = None
 
-    limits: dict[Tracked, tuple[float, Refusal]] = field(default_factory=dict)
+    limits: dict[Tracked, tuple[float, Callable[[], Refusal]]] = field(default_factory=dict)
 
-    def limit(self, seconds: float, late: Refusal) -> None:
+    def limit(self, seconds: float, late: Callable[[], Refusal]) -> None:
         """What happens next must be over in `seconds`, give or take LIMIT_STEP_SECONDS, or the
-        connection ends as `late`.
+        connection ends as `late()` says.
 
         One task looks after all limits: a timer each would cost more than what it guards.
         """
@@ -103,6 +104,10 @@ class Judges:
         would = rehearsal.evaluate(context)
         return verdict, would if isinstance(would, Refusal) else None
 
+    def rehearses(self, workload: Workload) -> bool:
+        """Whether dry-run policies have something to say about each connection to `workload`."""
+        return self._judge(workload)[2] is not None
+
     def forget(self, workload_uid: str) -> None:
         """The workload is no longer served here."""
         self._judges.pop(workload_uid, None)
@@ -131,7 +136,7 @@ class Connections:
         self._judges = judges
         self._journal = journal
         self._open: dict[Tracked, None] = {}
-        self._limits: dict[Tracked, tuple[float, Refusal]] = {}
+        self._limits: dict[Tracked, tuple[float, Callable[[], Refusal]]] = {}
         self._policies_changed = False
         self._changed_workloads: set[str] = set()
         self._wake = trio.Event()
@@ -167,42 +172,11 @@ class Connections:
             record.span.event("established", trio.current_time())
         self._journal.opened(record)
 
-    async def carry(
-        self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
-    ) -> None:
-        """Run `work`, in a fiber or in a task, and write its record.
-
-        A MeshError of `work` ends in the record. If cancelled: `work` is cancelled, and the
-        record says that this proxy stopped; when the connection itself was cut, it says why.
+    def carrying(self, tracked: Tracked) -> Carrying:
+        """`with carrying(tracked) as work: work.result = await ...`, in a fiber or in a task: does
+        what is to be done when that ends, however it does, and writes the record.
         """
-        tracked.work = fiber.current()
-        if tracked.work is not None:
-            try:
-                await self._carry(tracked, work)
-            except Cut:
-                if tracked.cut is None:
-                    raise
-        else:
-            with trio.CancelScope() as tracked.work:
-                await self._carry(tracked, work)
-
-    async def _carry(
-        self, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
-    ) -> None:
-        ending: Ending | None = None
-        try:
-            result = await work(tracked)
-            ending = Ending(
-                error=result.error or "",
-                bytes_to_tunnel=result.bytes_to_tunnel,
-                bytes_from_tunnel=result.bytes_from_tunnel,
-            )
-        except MeshError as exc:
-            ending = Ending(exc.flag, str(exc), exc.hint)
-        finally:
-            if ending is None:
-                ending = _cut_short(tracked)
-            self._finish(tracked, ending)
+        return Carrying(self, tracked)
 
     def refused(self, record: Record, refusal: Refusal) -> None:
         """Write the record of a connection that was never admitted."""
@@ -277,14 +251,15 @@ class Connections:
                 late = [each for each, (deadline, _) in self._limits.items() if deadline <= now]
                 for tracked in late:
                     _, refusal = self._limits.pop(tracked)
-                    tracked.end(refusal)
+                    tracked.end(refusal())
 
     def _add(self, tracked: Tracked) -> Tracked:
         self._open[tracked] = None
         tracked.limits = self._limits
         return tracked
 
-    def _finish(self, tracked: Tracked, ending: Ending) -> None:
+    def finish(self, tracked: Tracked, ending: Ending) -> None:
+        """For `Carrying`: it is over."""
         del self._open[tracked]
         tracked.unlimit()
         record = tracked.record
@@ -295,6 +270,53 @@ class Connections:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+
+class Carrying:
+    """The work of one connection. Set `result` when it has ended by itself.
+
+    A MeshError of the work ends in the record. If cancelled: the record says that this proxy
+    stopped; when the connection itself was cut, it says why, and the work is just over.
+    """
+
+    __slots__ = ("_connections", "_scope", "_tracked", "result")
+
+    def __init__(self, connections: Connections, tracked: Tracked) -> None:
+        self._connections = connections
+        self._tracked = tracked
+        self._scope: trio.CancelScope | None = None
+        self.result: RelayResult | None = None
+
+    def __enter__(self) -> Carrying:
+        self._tracked.work = fiber.current()
+        if self._tracked.work is None:
+            self._tracked.work = self._scope = trio.CancelScope()
+            self._scope.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        tracked, result = self._tracked, self.result
+        if isinstance(error, MeshError):
+            ending = Ending(error.flag, str(error), error.hint)
+            kind = error = trace = None
+            is_over = True
+        elif result is None or error is not None:
+            ending = _cut_short(tracked)
+            is_over = isinstance(error, Cut) and tracked.cut is not None
+        else:
+            ending = Ending(
+                "-", result.error or "", "", result.bytes_to_tunnel, result.bytes_from_tunnel
+            )
+            is_over = False
+        self._connections.finish(tracked, ending)
+        if self._scope is None:
+            return is_over
+        return bool(self._scope.__exit__(kind, error, trace)) or is_over
 
 
 def _cut_short(tracked: Tracked) -> Ending:

@@ -9,7 +9,6 @@ here: see `ztunnel.plan` and `mesh.authz`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import socket
 import struct
@@ -19,17 +18,18 @@ from typing import TYPE_CHECKING
 import trio
 
 from mesh import sockets
-from mesh.errors import MeshError, Refusal, RemoteProtocolError, Unavailable
+from mesh.errors import MeshError, Refusal, Unavailable
 from mesh.hbone.connection import Tunnel, TunnelConnection
-from mesh.hbone.head import parse_authority
+from mesh.hbone.head import ConnectHead, parse_authority
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.sockets import SocketAddress
 from mesh.tls.context import verify_client_peer
+from ztunnel.admission import Admissions, Admitted, Rejected
 from ztunnel.connections import Tracked
 from ztunnel.dial import dial
-from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound, plan_plaintext
+from ztunnel.plan import InboundConnection, InboundPlan, plan_plaintext
 from ztunnel.record import Record, baggage_of
 from ztunnel.spans import note_accepted, note_dialled
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 HANDSHAKES_PER_SOURCE = 64
 """One peer cannot keep others out by handshakes that it never ends."""
-_STATUS_BAD_REQUEST = 400
 _STATUS_DENIED = 401
 _STATUS_UNAVAILABLE = 503
 
@@ -62,15 +61,27 @@ async def serve_plaintext(proxy: PodProxy, sock: socket.socket, peer: SocketAddr
         node.connections.failed(record, _gone(exc))
         return
     record.destination = workload
-    plan = plan_plaintext(InboundConnection(None, peer, destination), workload, node.store)
-    verdict = _judge(proxy, record, workload, plan)
+    verdict = _admit_plaintext(proxy, record, InboundConnection(None, peer, destination), workload)
     if isinstance(verdict, Refusal):
         node.connections.refused(record, verdict)
         return
-    tracked, admitted = verdict
-    await node.connections.carry(
-        tracked, functools.partial(_relay_plaintext, proxy, sock, admitted)
-    )
+    tracked, plan = verdict
+    with node.connections.carrying(tracked) as work:
+        work.result = await _relay_plaintext(proxy, sock, plan, tracked)
+
+
+def _admit_plaintext(
+    proxy: PodProxy, record: Record, arrived: InboundConnection, workload: Workload
+) -> tuple[Tracked, InboundPlan] | Refusal:
+    """Plan, then policy, then admission: nothing may come between the last two."""
+    plan = plan_plaintext(arrived, workload, proxy.node.store)
+    if isinstance(plan, Refusal):
+        return plan
+    record.source, record.service = plan.source_workload, plan.service
+    permit = proxy.node.judges.evaluate(workload, plan.context)
+    if isinstance(permit, Refusal):
+        return permit
+    return _enter(proxy, record, Admitted(workload, plan, permit)), plan
 
 
 async def _relay_plaintext(
@@ -136,44 +147,54 @@ async def _accept_connection(
         sock,
         proxy.node.contexts.server(certificate),
         verify=lambda leaf: verify_client_peer(leaf, trust_domain),
-        on_tunnel=functools.partial(_start_tunnel, proxy, workload.identity),
+        on_tunnel=_Tunnels(proxy, workload.identity).start,
         budget=proxy.windows,
     )
 
 
-def _start_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
-    proxy.fibers.start(_serve_tunnel(proxy, own, tunnel))
+class _Tunnels:
+    """Starts the tunnels of one connection, which we accepted as `own`."""
+
+    def __init__(self, proxy: PodProxy, own: SpiffeId) -> None:
+        self._proxy = proxy
+        self._own = own
+        self._admissions: Admissions | None = None
+
+    def start(self, tunnel: Tunnel) -> None:
+        proxy, admissions = self._proxy, self._admissions
+        if admissions is None:
+            link = tunnel.connection
+            arrived = InboundConnection(link.peer, link.peer_address, link.local_address)
+            admissions = Admissions(arrived, self._own, proxy.node.store, proxy.node.judges)
+            self._admissions = admissions
+        proxy.fibers.start(_serve_tunnel(proxy, admissions, tunnel))
 
 
-async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
-    """Serve one CONNECT of a connection that we accepted as `own`.
-
-    If cancelled: the tunnel is reset.
-    """
+async def _serve_tunnel(proxy: PodProxy, admissions: Admissions, tunnel: Tunnel) -> None:
+    """Serve one CONNECT. If cancelled: the tunnel is reset."""
     node = proxy.node
     proxy.inbound_tunnels += 1
     try:
-        connection = tunnel.connection
-        record = proxy.new_record("inbound", tunnel.head.traceparent, tunnel.head.connection_id)
-        record.source_address = str(connection.peer_address)
-        record.destination_address = str(connection.local_address)
-        record.hbone_address = tunnel.head.authority
+        connection, head = tunnel.connection, tunnel.head
+        record = proxy.new_record("inbound", head.traceparent, head.connection_id)
+        record.source_address = admissions.source
+        record.destination_address = admissions.destination
+        record.hbone_address = head.authority
         record.protocol = "HBONE"
         record.is_mutual_tls = True
-        record.source_identity, record.peer_baggage = connection.peer, tunnel.head.baggage
-        if tunnel.head.forwarded is not None:
-            record.original_destination = tunnel.head.forwarded.host
+        record.source_identity, record.peer_baggage = connection.peer, head.baggage
+        if head.forwarded is not None:
+            record.original_destination = head.forwarded.host
         if record.span is not None:
             note_accepted(record.span, connection)
-        verdict = _admit_tunnel(proxy, record, own, tunnel)
+        verdict = _admit_tunnel(proxy, record, admissions, head)
         if isinstance(verdict, Refusal):
             tunnel.refuse(verdict.http_status)
             node.connections.refused(record, verdict)
             return
-        tracked, plan, workload = verdict
-        await node.connections.carry(
-            tracked, functools.partial(_relay_tunnel, proxy, tunnel, plan, workload)
-        )
+        tracked, admitted = verdict
+        with node.connections.carrying(tracked) as work:
+            work.result = await _relay_tunnel(proxy, tunnel, admitted, tracked)
     finally:
         proxy.inbound_tunnels -= 1
         # Whoever was not answered hears something, whatever happened here.
@@ -182,35 +203,31 @@ async def _serve_tunnel(proxy: PodProxy, own: SpiffeId, tunnel: Tunnel) -> None:
 
 
 def _admit_tunnel(
-    proxy: PodProxy, record: Record, own: SpiffeId, tunnel: Tunnel
-) -> tuple[Tracked, InboundPlan, Workload] | Refusal:
+    proxy: PodProxy, record: Record, admissions: Admissions, head: ConnectHead
+) -> tuple[Tracked, Admitted] | Refusal:
+    """Plan, then policy, then admission: nothing may come between the last two."""
     if proxy.inbound_tunnels > proxy.node.config.max_connections_per_pod:
         return Refusal(
             "CONNECT",
             f"this pod has {proxy.inbound_tunnels - 1} tunnels open already",
             http_status=503,
         )
-    workload = proxy.workload
-    if workload is None:
-        return Refusal("CONNECT", "this pod's workload is unknown by now")
-    if workload.identity != own:
-        return Refusal("IDENTITY_ERROR", f"this pod was {own} when the tunnel was opened")
-    record.destination, record.destination_identity = workload, workload.identity
-    try:
-        authority = parse_authority(tunnel.head.authority)
-    except RemoteProtocolError as exc:
-        return Refusal("CONNECT", str(exc), http_status=_STATUS_BAD_REQUEST)
-    connection = tunnel.connection
-    arrived = InboundConnection(connection.peer, connection.peer_address, connection.local_address)
-    host = tunnel.head.forwarded.host if tunnel.head.forwarded is not None else ""
-    plan = plan_inbound(arrived, authority, workload, proxy.node.store, host)
-    verdict = _judge(proxy, record, workload, plan)
-    return verdict if isinstance(verdict, Refusal) else (*verdict, workload)
+    host = head.forwarded.host if head.forwarded is not None else ""
+    decided = admissions.decide(proxy.workload, head.authority, host)
+    workload, plan = decided.workload, decided.plan
+    if workload is not None:
+        record.destination, record.destination_identity = workload, workload.identity
+    if plan is not None:
+        record.source, record.service = plan.source_workload, plan.service
+    if isinstance(decided, Rejected):
+        return decided.refusal
+    return _enter(proxy, record, decided), decided
 
 
 async def _relay_tunnel(
-    proxy: PodProxy, tunnel: Tunnel, plan: InboundPlan, workload: Workload, tracked: Tracked
+    proxy: PodProxy, tunnel: Tunnel, admitted: Admitted, tracked: Tracked
 ) -> RelayResult:
+    plan = admitted.plan
     upstream = None
     try:
         upstream = await _dial_application(proxy, plan, tracked)
@@ -222,34 +239,28 @@ async def _relay_tunnel(
         if upstream is None and not tunnel.is_closed:
             cut_by_policy = tracked.cut is not None
             tunnel.refuse(_STATUS_DENIED if cut_by_policy else _STATUS_UNAVAILABLE)
-    tunnel.respond(baggage=baggage_of(workload))
+    tunnel.respond(baggage=baggage_of(admitted.workload))
     tunnel.relay(upstream, has_spoken=False)
-    proxy.node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
+    proxy.node.connections.opened(tracked, tunnel.counts)
     return await tunnel.wait_closed()
 
 
 # -- both ----------------------------------------------------------------------------
 
 
-def _judge(
-    proxy: PodProxy, record: Record, workload: Workload, plan: InboundPlan | Refusal
-) -> tuple[Tracked, InboundPlan] | Refusal:
-    """Plan, then policy, then admission: nothing may come between the last two."""
-    if isinstance(plan, Refusal):
-        return plan
-    record.source, record.service = plan.source_workload, plan.service
-    verdict = proxy.node.judges.evaluate(workload, plan.context)
-    if isinstance(verdict, Refusal):
-        return verdict
-    tracked = proxy.node.connections.admit(verdict, record, proxy.pod.uid, workload, plan.context)
-    return tracked, plan
+def _enter(proxy: PodProxy, record: Record, admitted: Admitted) -> Tracked:
+    return proxy.node.connections.admit(
+        admitted.permit, record, proxy.pod.uid, admitted.workload, admitted.plan.context
+    )
 
 
 async def _dial_application(proxy: PodProxy, plan: InboundPlan, tracked: Tracked) -> socket.socket:
     config = proxy.node.config
 
+    def late() -> Refusal:
+        return Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
+
     def limit() -> None:
-        late = Refusal("CONNECT", f"the application at {plan.upstream} does not answer")
         tracked.limit(config.connect_timeout_seconds, late)
 
     source = plan.spoofed_source if config.keeps_source_address else None

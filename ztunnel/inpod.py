@@ -39,6 +39,7 @@ from ztunnel.accept import ACCEPTS_PER_TURN, OUT_OF_RESOURCES, PAUSE_SECONDS, Ac
 from ztunnel.dns import DnsProxy, Forwarder
 from ztunnel.node import Node
 from ztunnel.record import Direction, Record
+from ztunnel.routes import Routes
 from ztunnel.workloads import Pod
 
 WORKLOAD_SECONDS = 5.0
@@ -68,6 +69,7 @@ class PodProxy:
         self.node = node
         self.pod = pod
         self.namespace = namespace
+        self.routes = Routes(node.store, node.rng)
         self.forwarder = Forwarder(node.dns_servers, namespace, node.rng)
         self.windows = WindowBudget(parent=node.windows)
         self.fibers = Fibers(node.reactor)
@@ -79,6 +81,8 @@ class PodProxy:
         self.nursery: trio.Nursery
         self.is_draining = False
         self._listeners: dict[Listener, socket.socket] = {}
+        self._workload: Workload | None = None
+        self._workload_version = -1
         self._serving = 0
         self._dns = DnsProxy(node, self.forwarder, lambda: self.workload)
         self._scope = trio.CancelScope()
@@ -187,10 +191,14 @@ class PodProxy:
     @property
     def workload(self) -> Workload | None:
         """What the controller says this pod is: name, namespace and account must agree."""
-        pod, node_name = self.pod, self.node.config.node_name
-        return self.node.store.workload_by_pod(
-            pod.namespace, pod.name, pod.service_account, node_name
-        )
+        store = self.node.store
+        if self._workload_version != store.version:
+            pod, node_name = self.pod, self.node.config.node_name
+            self._workload = store.workload_by_pod(
+                pod.namespace, pod.name, pod.service_account, node_name
+            )
+            self._workload_version = store.version
+        return self._workload
 
     async def wait_workload(self) -> Workload:
         """The pod's workload, within five seconds. Raises Unavailable."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import socket
-from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import trio
@@ -18,15 +17,15 @@ from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
 from mesh.fiber import in_task
 from mesh.hbone.connection import Tunnel
-from mesh.hbone.head import ConnectHead, ConnectResponse, Forwarded, traceparent
-from mesh.hbone.pool import PoolKey
+from mesh.hbone.head import ConnectResponse, traceparent_of
 from mesh.hbone.relay import PlainRelay, RelayResult
 from mesh.model.workload import Workload
 from mesh.sockets import SocketAddress
 from ztunnel.connections import Tracked
 from ztunnel.dial import dial
-from ztunnel.plan import Carrier, NextHop, OutboundPlan, plan_elsewhere, plan_outbound
-from ztunnel.record import Record, baggage_of
+from ztunnel.plan import NextHop, OutboundPlan
+from ztunnel.record import Record
+from ztunnel.routes import Route, TunnelRoute
 from ztunnel.spans import note_acquired, note_dialled
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 RESPONSE_SECONDS = 30.0
 MAX_HOPS_TRIED = 3
-Elsewhere = Callable[[Collection[str]], OutboundPlan | None]
 _STATUS_OK = 200
 _STATUS_DENIED = frozenset({401, 403})
 
@@ -46,30 +44,35 @@ async def serve(proxy: PodProxy, sock: socket.socket, peer: SocketAddress) -> No
     record.source_address = str(peer)
     try:
         destination = sockets.original_destination(sock, peer)
-        record.original_destination = record.destination_address = str(destination)
-        workload = proxy.workload or await proxy.wait_workload()
+        workload = proxy.workload
+        if workload is None:
+            record.original_destination = record.destination_address = str(destination)
+            workload = await proxy.wait_workload()
     except Unavailable as exc:
         node.connections.failed(record, exc)
         return
     record.source, record.source_identity = workload, workload.identity
-    plan = plan_outbound(workload, destination, node.store, node.rng)
-    if isinstance(plan, Refusal):
-        node.connections.refused(record, plan)
+    route = proxy.routes.find(workload, peer.ip, destination)
+    if isinstance(route, Refusal):
+        record.original_destination = record.destination_address = str(destination)
+        node.connections.refused(record, route)
         return
-    _note_plan(record, plan)
+    destination = route.destination  # one object for all that go there
+    _note_route(record, route)
     tracked = node.connections.track(record, proxy.pod.uid, workload)
-    if plan.carrier is Carrier.HBONE:
-        elsewhere = functools.partial(plan_elsewhere, workload, destination, node.store, node.rng)
-        carry = functools.partial(_tunnel, proxy, sock, peer, workload, plan, elsewhere)
-    else:
-        carry = functools.partial(_passthrough, proxy, sock, plan)
-    await node.connections.carry(tracked, carry)
+    with node.connections.carrying(tracked) as work:
+        if isinstance(route, TunnelRoute):
+            work.result = await _tunnel(proxy, sock, peer, workload, route, tracked)
+        else:
+            work.result = await _passthrough(proxy, sock, route.plan, tracked)
 
 
-def _note_plan(record: Record, plan: OutboundPlan) -> None:
+def _note_route(record: Record, route: Route) -> None:
+    plan = route.plan
+    record.original_destination = route.asked
     record.destination, record.service = plan.workload, plan.service
-    record.destination_address, record.hbone_address = str(plan.next_hop), plan.authority
-    record.protocol = plan.carrier.value
+    record.destination_address, record.hbone_address = route.next_hop, plan.authority
+    record.protocol = route.protocol
 
 
 async def _passthrough(
@@ -77,7 +80,7 @@ async def _passthrough(
 ) -> RelayResult:
     node = proxy.node
     seconds = node.config.connect_timeout_seconds
-    tracked.limit(seconds, Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
+    tracked.limit(seconds, lambda: Refusal("CONNECT", f"connect to {plan.next_hop}: timed out"))
     address = await _resolve(proxy, plan.next_hop, tracked)
     span = tracked.record.span
     asked = 0.0 if span is None else trio.current_time()
@@ -104,60 +107,61 @@ async def _tunnel(
     sock: socket.socket,
     peer: SocketAddress,
     source: Workload,
-    plan: OutboundPlan,
-    elsewhere: Elsewhere,
+    route: TunnelRoute,
     tracked: Tracked,
 ) -> RelayResult:
     node, record = proxy.node, tracked.record
     record.is_mutual_tls = True
-    tracked.limit(RESPONSE_SECONDS, Refusal("CONNECT", f"no answer from {plan.next_hop} in time"))
-    plan, tunnel, response = await _reach(proxy, peer, source, plan, elsewhere, tracked)
+    tracked.limit(RESPONSE_SECONDS, functools.partial(_late, record))
+    tunnel, response = await _reach(proxy, peer, source, route, record)
     tracked.unlimit()
-    if response.status in _STATUS_DENIED:
-        raise Denied(
-            f"{plan.next_hop} refused {plan.authority} by policy ({response.status})",
+    if response.status != _STATUS_OK:
+        raise _refused(record, response.status)
+    tunnel.relay(sock, is_reset_on_close=True)
+    node.connections.opened(tracked, tunnel.counts)
+    return await tunnel.wait_closed()
+
+
+def _late(record: Record) -> Refusal:
+    return Refusal("CONNECT", f"no answer from {record.destination_address} in time")
+
+
+def _refused(record: Record, status: int) -> Denied | Unavailable:
+    next_hop, authority = record.destination_address, record.hbone_address
+    if status in _STATUS_DENIED:
+        return Denied(
+            f"{next_hop} refused {authority} by policy ({status})",
             hint="its access log names the policy",
         )
-    if response.status != _STATUS_OK:
-        raise Unavailable(
-            f"{plan.next_hop} could not serve {plan.authority} ({response.status})",
-            hint="its access log says why",
-        )
-    tunnel.relay(sock, is_reset_on_close=True)
-    node.connections.opened(tracked, lambda: (tunnel.sent, tunnel.received))
-    return await tunnel.wait_closed()
+    return Unavailable(
+        f"{next_hop} could not serve {authority} ({status})", hint="its access log says why"
+    )
 
 
 async def _reach(
     proxy: PodProxy,
     peer: SocketAddress,
     source: Workload,
-    plan: OutboundPlan,
-    elsewhere: Elsewhere,
-    tracked: Tracked,
-) -> tuple[OutboundPlan, Tunnel, ConnectResponse]:
+    route: TunnelRoute,
+    record: Record,
+) -> tuple[Tunnel, ConnectResponse]:
     """A tunnel as planned, or to somebody else if nobody is there: a replica that has just died is
     still in the plans of the moment.
     """
-    record = tracked.record
     unreached: set[str] = set()
     while True:
-        key = PoolKey(
-            source=tracked.identity,
-            expected=plan.expected,
-            address=SocketAddress(plan.next_hop.host, plan.next_hop.port),
-            source_ip=peer.ip,
-        )
-        head = _head(proxy, source, plan, record)
         try:
-            return plan, *await _connect(proxy, key, head, record)
+            return await _connect(proxy, route, record)
         except _Unreached as exc:
-            unreached.add(plan.workload.uid if plan.workload is not None else "")
-            other = elsewhere(unreached) if len(unreached) < MAX_HOPS_TRIED else None
+            workload = route.plan.workload
+            unreached.add(workload.uid if workload is not None else "")
+            other = None
+            if len(unreached) < MAX_HOPS_TRIED:
+                other = proxy.routes.elsewhere(source, peer.ip, route.destination, unreached)
             if other is None:
                 raise exc.cause from exc
-        plan = other
-        _note_plan(record, plan)
+        route = other
+        _note_route(record, route)
 
 
 class _Unreached(Exception):
@@ -169,12 +173,14 @@ class _Unreached(Exception):
 
 
 async def _connect(
-    proxy: PodProxy, key: PoolKey, head: ConnectHead, record: Record
+    proxy: PodProxy, route: TunnelRoute, record: Record
 ) -> tuple[Tunnel, ConnectResponse]:
     """A tunnel and the answer to its CONNECT. Only what the peer surely did not look at, as it
     was going away or full, is sent once more, on another connection (RFC 9113 section 8.7).
     Raises _Unreached when there is no connection.
     """
+    key, template = route.key, route.template
+    block = template.block(record.connection_id, record.source_address, _trace(proxy, record))
     for may_try_again in (True, True, False):
         asked = 0.0 if record.span is None else trio.current_time()
         # Picked here and not by the task that waits, so that the pool's counts are true.
@@ -186,7 +192,7 @@ async def _connect(
         record.destination_identity = connection.peer
         if record.span is not None:
             note_acquired(record.span, connection, asked, trio.current_time())
-        tunnel = connection.open_tunnel(head)
+        tunnel = connection.open_tunnel(template.head, block)
         try:
             return tunnel, await tunnel.wait_response()
         except Unavailable:
@@ -195,16 +201,7 @@ async def _connect(
     raise AssertionError
 
 
-def _head(proxy: PodProxy, source: Workload, plan: OutboundPlan, record: Record) -> ConnectHead:
+def _trace(proxy: PodProxy, record: Record) -> str:
     if record.span is not None:
-        trace = record.span.traceparent
-    else:
-        trace = traceparent(bytes.fromhex(record.id) + proxy.node.rng.randbytes(8))
-    host = plan.service.hostname if plan.service is not None else ""
-    return ConnectHead(
-        authority=plan.authority,
-        baggage=baggage_of(source),
-        forwarded=Forwarded(record.source_address, host),
-        traceparent=trace,
-        connection_id=record.connection_id,
-    )
+        return record.span.traceparent
+    return traceparent_of(record.id, proxy.node.rng.getrandbits(64))

@@ -15,11 +15,12 @@ from mesh.hbone.head import Baggage
 from mesh.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Workload
-from mesh.runtime.metrics import UNKNOWN, TcpLabels, tcp_directions
+from mesh.runtime.metrics import UNKNOWN
+from mesh.runtime.tcp_metrics import TcpLabels, tcp_directions
 from mesh.runtime.tracing import Span
 
 Direction = Literal["inbound", "outbound"]
-_MAX_KNOWN_LABELS = 256
+_MAX_KNOWN = 256
 
 
 class AccessSink(Protocol):
@@ -80,14 +81,19 @@ class Record:
     is_open: bool = False
     is_finished: bool = False
     _reported: tuple[int, int] = (0, 0)
-    _labels: TcpLabels | None = field(default=None, repr=False)
+    _parties: _Parties | None = field(default=None, repr=False)
 
     @property
     def labels(self) -> TcpLabels:
         """The metrics' labels; fixed once the connection is open."""
-        if self._labels is None or not self.is_open:
-            self._labels = _labels(self)
-        return self._labels
+        return self.parties.labels
+
+    @property
+    def parties(self) -> _Parties:
+        """What is told of both ends; fixed once the connection is open."""
+        if self._parties is None or not self.is_open:
+            self._parties = _parties(self)
+        return self._parties
 
     def unreported(self, to_tunnel: int, from_tunnel: int) -> tuple[int, int]:
         """What was added since the last call."""
@@ -157,8 +163,8 @@ class Journal:
 
 def access_fields(record: Record, ending: Ending, now: float) -> dict[str, object]:
     """The line of one connection; what is not known is left out."""
-    source, destination, service = record.source, record.destination, record.service
-    peer = record.peer_baggage
+    parties = record.parties
+    told = parties.fields
     fields: dict[str, object] = {
         "level": "error" if ending.error else "info",
         "message": "connection complete" if record.is_open else "connection failed",
@@ -166,17 +172,17 @@ def access_fields(record: Record, ending: Ending, now: float) -> dict[str, objec
         "connection.id": record.connection_id or record.id,
         "direction": record.direction,
         "src.addr": record.source_address,
-        "src.workload": source.name if source else peer.workload_name if peer else "",
-        "src.namespace": _namespace(source, record.source_identity),
-        "src.identity": str(record.source_identity or ""),
-        "src.cluster": source.cluster_id if source else peer.cluster if peer else "",
+        "src.workload": told["src.workload"],
+        "src.namespace": told["src.namespace"],
+        "src.identity": told["src.identity"],
+        "src.cluster": told["src.cluster"],
         "dst.addr": record.destination_address,
         "dst.hbone_addr": record.hbone_address,
-        "dst.service": service.hostname if service else "",
-        "dst.workload": destination.name if destination else "",
-        "dst.namespace": _namespace(destination, record.destination_identity),
-        "dst.identity": str(record.destination_identity or ""),
-        "dst.cluster": destination.cluster_id if destination else "",
+        "dst.service": told["dst.service"],
+        "dst.workload": told["dst.workload"],
+        "dst.namespace": told["dst.namespace"],
+        "dst.identity": told["dst.identity"],
+        "dst.cluster": told["dst.cluster"],
         "policy": record.policy,
         "rule": "" if record.rule is None else record.rule,
         "bytes_sent": ending.bytes_to_tunnel,
@@ -186,7 +192,30 @@ def access_fields(record: Record, ending: Ending, now: float) -> dict[str, objec
         "error": ending.error,
         "hint": ending.hint,
     }
-    return {name: value for name, value in fields.items() if value != ""}
+    for name in parties.unknown:
+        if fields[name] == "":
+            del fields[name]
+    return fields
+
+
+_MAY_BE_EMPTY = ("src.addr", "dst.addr", "dst.hbone_addr", "policy", "rule", "error", "hint")
+
+
+def _party_fields(record: Record) -> dict[str, str]:
+    """What the access log tells of both ends."""
+    source, destination, service = record.source, record.destination, record.service
+    peer = record.peer_baggage
+    return {
+        "src.workload": source.name if source else peer.workload_name if peer else "",
+        "src.namespace": _namespace(source, record.source_identity),
+        "src.identity": str(record.source_identity or ""),
+        "src.cluster": source.cluster_id if source else peer.cluster if peer else "",
+        "dst.service": service.hostname if service else "",
+        "dst.workload": destination.name if destination else "",
+        "dst.namespace": _namespace(destination, record.destination_identity),
+        "dst.identity": str(record.destination_identity or ""),
+        "dst.cluster": destination.cluster_id if destination else "",
+    }
 
 
 def _namespace(workload: Workload | None, identity: SpiffeId | None) -> str:
@@ -195,13 +224,25 @@ def _namespace(workload: Workload | None, identity: SpiffeId | None) -> str:
     return identity.namespace if identity is not None else ""
 
 
-_known_labels: dict[tuple[object, ...], tuple[tuple[object, ...], TcpLabels]] = {}
+@dataclass(frozen=True, slots=True)
+class _Parties:
+    """What metrics and access log tell of the two ends of a connection; `unknown` are the fields
+    that a line may have to do without.
+    """
+
+    about: tuple[object, ...]
+    labels: TcpLabels
+    fields: dict[str, str]
+    unknown: tuple[str, ...]
 
 
-def _labels(record: Record) -> TcpLabels:
+_known_parties: dict[tuple[object, ...], _Parties] = {}
+
+
+def _parties(record: Record) -> _Parties:
     # The same few for thousands of connections. By identity, because hashing what they are made
     # of costs more than making them; the entry keeps the objects, so that the ids stay theirs.
-    parts = (
+    about = (
         record.source,
         record.destination,
         record.service,
@@ -209,13 +250,16 @@ def _labels(record: Record) -> TcpLabels:
         record.destination_identity,
         record.peer_baggage,
     )
-    key = (record.direction, record.is_mutual_tls, *map(id, parts))
-    known = _known_labels.get(key)
+    key = (record.direction, record.is_mutual_tls, *map(id, about))
+    known = _known_parties.get(key)
     if known is None:
-        if len(_known_labels) >= _MAX_KNOWN_LABELS:
-            _known_labels.clear()
-        known = _known_labels[key] = (parts, _make_labels(record))
-    return known[1]
+        if len(_known_parties) >= _MAX_KNOWN:
+            _known_parties.clear()
+        fields = _party_fields(record)
+        unknown = (*(name for name, value in fields.items() if not value), *_MAY_BE_EMPTY)
+        known = _Parties(about, _make_labels(record), fields, unknown)
+        _known_parties[key] = known
+    return known
 
 
 def _make_labels(record: Record) -> TcpLabels:
@@ -299,7 +343,7 @@ def baggage_of(workload: Workload) -> Baggage:
     """What a workload tells the other end of a tunnel about itself."""
     known = _known_baggage.get(id(workload))
     if known is None:
-        if len(_known_baggage) >= _MAX_KNOWN_LABELS:
+        if len(_known_baggage) >= _MAX_KNOWN:
             _known_baggage.clear()
         known = _known_baggage[id(workload)] = (workload, _make_baggage(workload))
     return known[1]

@@ -218,8 +218,9 @@ class TunnelConnection(Wire):
         finally:
             self.close("cancelled")
 
-    def open_tunnel(self, head: ConnectHead) -> Tunnel:
-        """Client: send a CONNECT at the end of this turn.
+    def open_tunnel(self, head: ConnectHead, block: bytes | None = None) -> Tunnel:
+        """Client: send a CONNECT at the end of this turn. Who has its header block ready (see
+        `HeadTemplate`) gives it; `head` then need not say more than what it shares with others.
 
         Synchronous, so that the counts the pool sees are true. Raises Unavailable when the
         connection is not usable or the peer allows no more streams.
@@ -227,7 +228,9 @@ class TunnelConnection(Wire):
         if not self.is_usable or not self.core.can_open:
             raise Unavailable(f"the connection to {self.peer_address} takes no new tunnels")
         tunnel = Tunnel(self, head)
-        tunnel.bind(self.core.open(encode_block(encode_request(head)), tunnel))
+        if block is None:
+            block = encode_block(encode_request(head))
+        tunnel.bind(self.core.open(block, tunnel))
         self._idle_since = None
         self.touch()
         return tunnel

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,10 +29,13 @@ _HOSTNAME = re.compile(
 _PORT = re.compile(r"[0-9]{1,5}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _FORWARDED_PART = re.compile(r'\s*([A-Za-z]+)=(?:"([^"\\]*)"|([^\s";,]*))\s*')
+_USUAL_FORWARDED = re.compile(r'for="([^"\\,;]*)"(?:;host=([^\s";,]*))?')
 _WORKLOAD_KINDS: Final = ("deployment", "cronjob", "pod", "job")
 _KNOWN: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
+_AS_OURS: Final = (b":method", b":authority", b"baggage", b"forwarded", b"traceparent")
 _NOT_TOLD: Final = [""]
-_CONNECTION_KEY: Final = "ambit.connection.id="
+CONNECTION_KEY: Final = "ambit.connection.id="
+_LAST_MEMBER: Final = f",{CONNECTION_KEY}"
 _CONNECTION_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _REMEMBERED_BAGGAGE: Final = 1024
 _FEW_HEADERS: Final = 4
@@ -196,15 +199,20 @@ def take_connection_id(headers: Iterable[str]) -> tuple[str, list[str]]:
     found = ""
     rest = []
     for header in headers:
-        at = header.find(_CONNECTION_KEY)
+        before, _, value = header.rpartition(_LAST_MEMBER)
+        if before and CONNECTION_KEY not in before and _CONNECTION_ID.fullmatch(value):
+            found = value  # as we write it ourselves
+            rest.append(before)
+            continue
+        at = header.find(CONNECTION_KEY)
         if at < 0 or (at and header[at - 1] != ","):
             rest.append(header)
             continue
         end = header.find(",", at)
         if end < 0:
-            value, left = header[at + len(_CONNECTION_KEY) :], header[: max(at - 1, 0)]
+            value, left = header[at + len(CONNECTION_KEY) :], header[: max(at - 1, 0)]
         else:
-            value, left = header[at + len(_CONNECTION_KEY) : end], header[:at] + header[end + 1 :]
+            value, left = header[at + len(CONNECTION_KEY) : end], header[:at] + header[end + 1 :]
         found = value if _CONNECTION_ID.fullmatch(value) else ""
         if left:
             rest.append(left)
@@ -219,6 +227,9 @@ def encode_forwarded(forwarded: Forwarded) -> str:
 
 def parse_forwarded(text: str) -> Forwarded | None:
     """The first element of a `forwarded` header; None when it cannot be read."""
+    usual = _USUAL_FORWARDED.fullmatch(text)
+    if usual is not None:
+        return Forwarded(usual[1], usual[2].lower() if usual[2] else "")
     fields: dict[str, str] = {}
     for part in text.split(",", 1)[0].split(";"):
         match = _FORWARDED_PART.fullmatch(part)
@@ -226,6 +237,11 @@ def parse_forwarded(text: str) -> Forwarded | None:
             return None
         fields[match[1].lower()] = match[2] if match[2] is not None else match[3]
     return Forwarded(fields.get("for", ""), fields.get("host", "").lower())
+
+
+def traceparent_of(trace_id: str, parent: int) -> str:
+    """A W3C `traceparent`, not sampled, of a trace's id (32 hex digits) and a 64-bit number."""
+    return f"00-{trace_id}-{parent:016x}-00"
 
 
 def traceparent(random_bytes: bytes, *, is_sampled: bool = False) -> str:
@@ -241,7 +257,7 @@ def encode_request(head: ConnectHead) -> list[Pair]:
     pairs = [(b":method", b"CONNECT"), (b":authority", head.authority.encode("ascii"))]
     text = encode_baggage(head.baggage) if head.baggage is not None else ""
     if head.connection_id:
-        text += f"{',' if text else ''}{_CONNECTION_KEY}{head.connection_id}"
+        text += f"{',' if text else ''}{CONNECTION_KEY}{head.connection_id}"
     if text:
         pairs.append((b"baggage", text.encode("ascii")))
     if head.forwarded is not None:
@@ -257,10 +273,20 @@ def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
 
     The authority is checked here, and kept in its canonical form.
     """
+    told = tuple(pairs)
+    if len(told) == len(_AS_OURS):
+        (first, method), (second, authority), (third, baggage), fourth, fifth = told
+        if (first, second, third, fourth[0], fifth[0]) == _AS_OURS and method == b"CONNECT":
+            return _read_request(
+                authority.decode("latin-1"),
+                [baggage.decode("latin-1")],
+                fourth[1].decode("latin-1"),
+                fifth[1].decode("latin-1"),
+            )
     pseudo: dict[bytes, bytes] = {}
     known: dict[bytes, list[str]] = {}
     extra: list[Pair] = []
-    for name, value in pairs:
+    for name, value in told:
         if name in _KNOWN:
             known.setdefault(name, []).append(value.decode("latin-1"))
         elif name[:1] == b":":
@@ -271,18 +297,36 @@ def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
         raise RemoteProtocolError("only CONNECT is served here")
     if pseudo.keys() != {b":method", b":authority"}:
         raise RemoteProtocolError("a CONNECT has :method and :authority and nothing else")
-    authority = parse_authority(pseudo[b":authority"].decode("latin-1"))
-    forwarded = known.get(b"forwarded")
-    trace = known.get(b"traceparent", _NOT_TOLD)[0]
-    connection_id, told = take_connection_id(known.get(b"baggage", ()))
-    return ConnectHead(
-        str(authority),
-        baggage=parse_baggage(told) if b"baggage" in known else None,
-        forwarded=parse_forwarded(forwarded[0]) if forwarded else None,
-        traceparent=trace if _TRACEPARENT.fullmatch(trace) else "",
-        extra=_extra(extra),
-        connection_id=connection_id,
+    return _read_request(
+        pseudo[b":authority"].decode("latin-1"),
+        known.get(b"baggage", []),
+        known.get(b"forwarded", _NOT_TOLD)[0],
+        known.get(b"traceparent", _NOT_TOLD)[0],
+        _extra(extra),
     )
+
+
+def _read_request(
+    authority: str,
+    baggage: Sequence[str],
+    forwarded: str,
+    trace: str,
+    extra: tuple[tuple[str, str], ...] = (),
+) -> ConnectHead:
+    connection_id, told = take_connection_id(baggage)
+    return ConnectHead(
+        _canonical(authority),
+        parse_baggage(told) if baggage else None,
+        parse_forwarded(forwarded) if forwarded else None,
+        trace if _TRACEPARENT.fullmatch(trace) else "",
+        extra,
+        connection_id,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _canonical(authority: str) -> str:
+    return str(parse_authority(authority))
 
 
 def encode_response(response: ConnectResponse) -> list[Pair]:

@@ -74,7 +74,7 @@ class Tunnel:
         self.was_refused = False
         """Client: the peer cut it and says that it did nothing about it: it may be sent again."""
         self._sink: Sink | None = None
-        self._early = bytearray()
+        self._early: bytearray | None = None
         self._early_end = False
         self._early_stop = False
         self._response: ConnectResponse | None = None
@@ -143,7 +143,7 @@ class Tunnel:
         if self._sink is not None:
             raise LocalProtocolError("the tunnel has a local end already")
         self._sink = sink
-        early, self._early = self._early, bytearray()
+        early, self._early = self._early, None
         if self.is_closed:
             sink.reset(h2.CANCEL)
             return
@@ -169,6 +169,10 @@ class Tunnel:
         finally:
             self.reset(reason="cancelled")
         return RelayResult(self.sent, self.received, self._error)
+
+    def counts(self) -> tuple[int, int]:
+        """`sent` and `received`."""
+        return self.sent, self.received
 
     # ---- for the sink
 
@@ -282,8 +286,11 @@ class Tunnel:
         if self._sink is not None:
             self._sink.deliver(views, total)
             return
+        early = self._early
+        if early is None:
+            early = self._early = bytearray()
         for view in views:
-            self._early += view
+            early += view
 
     def on_end(self) -> None:
         """END_STREAM."""
@@ -317,6 +324,6 @@ class Tunnel:
         if self.is_closed:
             return
         self.finish(reason)
-        self._early = bytearray()
+        self._early = None
         if self._sink is not None:
             self._sink.reset(code)

@@ -183,7 +183,7 @@ class Wire(ABC):
             if len(self.core.out) > _MAX_WAITING_OUTPUT:
                 self.close("the peer does not read")
             return
-        finished = self._is_drained() and not self._closing
+        finished = not self.core.streams and self._is_drained() and not self._closing
         if finished:
             self._closing = True
             self._closing_at = trio.current_time()

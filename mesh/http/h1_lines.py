@@ -28,7 +28,7 @@ _SPECIAL_NAMES: Final = HOP_BY_HOP | DISGUISED | {b"host", b"expect"}
 NOT_KEPT: Final = frozenset(
     {b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"x-api-key",
      b"x-request-id", b"traceparent", b"tracestate", b"b3", b"x-b3-traceid", b"x-b3-spanid",
-     b"x-b3-parentspanid"}
+     b"x-b3-parentspanid", b"baggage", b"forwarded"}
 )  # fmt: skip
 _MOST_LINES: Final = 2048
 _LONGEST_LINE: Final = 160

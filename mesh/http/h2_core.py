@@ -393,7 +393,8 @@ class H2Core:
         self._cut(stream, code, by_peer=False)
 
     def _earn(self, count: int) -> None:
-        self._earned = min(self._earned + count, _MAX_EARNED)
+        if self._earned < _MAX_EARNED:
+            self._earned += count
 
     def _expected_or_flood(self, what: str) -> None:
         """Frames that follow from what we sent are free, up to a generous count."""
@@ -454,7 +455,8 @@ class H2Core:
         """Account for `count` bytes of DATA that the shell framed and sent itself."""
         stream.send_window -= count
         self.send_window -= count
-        self._earned = min(self._earned + _EARNED_PER_SEND, _MAX_EARNED)
+        if self._earned < _MAX_EARNED:
+            self._earned += _EARNED_PER_SEND
 
     def send_whole(self, stream: Stream, data: bytes | bytearray | memoryview) -> bool:
         """Queue DATA if it fits into the windows and one frame, perhaps the last one; else

@@ -165,10 +165,14 @@ class FrameBuffer:
             self._view[index * step + HEADER_BYTES : (index + 1) * step] for index in range(frames)
         ]
         self._whole = self._view[HEADER_BYTES : HEADER_BYTES + capacity]
+        self._all = [self._whole]
 
     def slots(self, room: int, max_frame: int) -> list[memoryview]:
         """Views for up to `room` bytes (capped to the capacity)."""
-        room = min(room, self.capacity)
+        if room >= self.capacity:
+            room = self.capacity
+            if room <= max_frame:
+                return self._all
         if room <= max_frame:
             return [self._whole[:room]]
         full, rest = divmod(room, self.SLOT)
@@ -179,7 +183,7 @@ class FrameBuffer:
 
     def seal(self, count: int, room: int, max_frame: int, stream_id: int) -> memoryview:
         """Frames around the first `count` bytes read; `room` and `max_frame` as in `slots`."""
-        if min(room, self.capacity) <= max_frame:
+        if room <= max_frame or self.capacity <= max_frame:
             HEADER.pack_into(self._buffer, 0, count >> 8, count & 255, DATA, 0, stream_id)
             return self._view[: HEADER_BYTES + count]
         offset = 0

@@ -99,7 +99,12 @@ _CACHED_BLOCKS = 64
 _CACHED_BLOCK_BYTES = 512
 
 _NAME = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
-_VALUE = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t \x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
+_ALLOWED: Final = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
+"""What a value consists of; the blanks among them neither begin nor end it."""
+_MOST_NAMES: Final = 1024
+_LONGEST_NAME: Final = 64
+_good_names: Final = {name for name, _ in _STATIC}
+"""Names that were judged good before. Bounded: it is filled once, with the first that come."""
 _MOST_FIELDS: Final = 2048
 _LONGEST_VALUE: Final = 160
 _judged: dict[Pair, bytes] = {}
@@ -140,11 +145,11 @@ def _encode_field(pair: Pair) -> bytes:
     if index is not None:
         return encode_integer(index, 7, 0x80)
     name, value = pair
-    return b"%b%b%b" % (_encode_name(name), _encode_length(len(value)), value)
+    return b"%b%b%b" % (encode_name(name), encode_length(len(value)), value)
 
 
 @functools.lru_cache(maxsize=256)
-def _encode_name(name: bytes) -> bytes:
+def encode_name(name: bytes) -> bytes:
     """The beginning of a literal without indexing."""
     index = _NAME_INDEX.get(name)
     if index is None:
@@ -153,7 +158,8 @@ def _encode_name(name: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
-def _encode_length(length: int) -> bytes:
+def encode_length(length: int) -> bytes:
+    """What precedes a value of that many bytes, not Huffman-coded."""
     return encode_integer(length, 7, 0)
 
 
@@ -179,9 +185,12 @@ def find_problem(pairs: Iterable[Pair]) -> str:
             regular_seen = True
             continue
         name, value = pair
-        if not _NAME.fullmatch(name):
-            return "a field name is not lower-case token characters"
-        if not _VALUE.fullmatch(value):
+        if name not in _good_names:
+            if not _NAME.fullmatch(name):
+                return "a field name is not lower-case token characters"
+            if len(_good_names) < _MOST_NAMES and len(name) <= _LONGEST_NAME:
+                _good_names.add(name)
+        if value.translate(None, _ALLOWED) or len(value.strip(b" \t")) != len(value):
             return "a field value holds a forbidden character"
         if name[:1] == b":":
             if regular_seen:

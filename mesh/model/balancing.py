@@ -116,6 +116,8 @@ def choose_endpoint(
         group = farther if farther.cumulated else group
     if not group.cumulated:
         return Choice(None, group.reason)
+    if len(group.candidates) == 1:
+        return Choice(group.candidates[0])
     (chosen,) = rng.choices(range(len(group.candidates)), cum_weights=group.cumulated)
     return Choice(group.candidates[chosen])
 

@@ -110,6 +110,8 @@ class Store:
     """What this proxy knows of the mesh. Lookups return None for what it does not know."""
 
     def __init__(self) -> None:
+        self.version = 0
+        """Another number after every change of anything."""
         self.policies_version = 0
         self._workloads: dict[str, Workload] = {}
         self._by_address: dict[NetworkAddress, list[Workload]] = {}
@@ -156,6 +158,8 @@ class Store:
             namespace, found, hostname = name.partition("/")
             if found and self._remove_service(NamespacedHostname(namespace, hostname)):
                 services.add(name)
+        if workloads or services:
+            self.version += 1
         return Changed(frozenset(workloads), frozenset(services))
 
     def apply_policies(self, updated: Sequence[Authorization], removed: Sequence[str]) -> Changed:
@@ -171,6 +175,7 @@ class Store:
             if self._remove_policy(name):
                 policies.add(name)
         if policies:
+            self.version += 1
             self.policies_version += 1
         return Changed(policies=frozenset(policies))
 

@@ -1,7 +1,7 @@
 """Istio's L7 metrics by its names and labels, cheap enough for every request.
 
 A series is a few integers behind one dictionary lookup; prometheus-client sees them when it
-collects, not when a request ends. Sets of labels are capped as those of `metrics.TcpMetrics` are:
+collects, not when a request ends. Sets of labels are capped as those of `TcpMetrics` are:
 beyond the cap events are counted under `overflow`, and idle series are forgotten.
 """
 

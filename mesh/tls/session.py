@@ -121,20 +121,19 @@ class TlsSession:
 
     def flush(self) -> bool:
         """Send what waits; True when everything went out. Raises OSError."""
-        send = self.sock.send
         out_bio = self._out_bio
         while True:
-            data = self._out
+            data: bytes | memoryview | None = self._out
             if data is None:
                 if not out_bio.pending:
                     return True
-                data = memoryview(out_bio.read())
+                data = out_bio.read()
             try:
-                sent = send(data, _NO_WAIT)
+                sent = self.sock.send(data, _NO_WAIT)
             except BlockingIOError:
                 sent = 0
             if sent != len(data):
-                self._out = data[sent:]
+                self._out = memoryview(data)[sent:]
                 return False
             self._out = None
 

@@ -1,6 +1,6 @@
 """Two ztunnels beside two Envoys and beside no proxy at all, in one lab and one run.
 
-    python tests/bench/bench_tunnel.py [--repeat 7] [--quick] [--beside CHECKOUT] [-o json]
+    python tests/bench/bench_tunnel.py [--repeat 8] [--quick] [--beside CHECKOUT] [-o json]
 
 The ztunnels are the lab's: an enrolled client pod on node1, an enrolled server pod on node2, with
 everything that a user runs with: transparent capture, lookup, policy, metrics, access log, and the
@@ -12,10 +12,11 @@ up, does not preserve the caller's address, and has one destination. `bare` is t
 without any rules, dialled directly. `--beside` adds the ztunnel of another checkout on two more
 nodes. The load (load.py) runs in the pods, and first compares contents.
 
-Each repetition runs every workload once for each of them, in turn; ratios are medians of the
-repetitions' own ratios, to `envoy` (in `ratios_to_bare` to `bare`). up1 up8 down1 down8 are bulk
-over that many streams, pp is 64 bytes there and back, cr1 and cr32 connect, ask once and close,
-idle is 1000 open connections, mix is pp beside an upload. Proxies, load and sink share this
+Each repetition runs every workload once for each of them, in turn; every other one goes
+backwards, so let their number be even. Ratios are medians of the repetitions' own ratios, to
+`envoy` (in `ratios_to_bare` to `bare`). up1 up8 down1 down8 are bulk over that many streams, pp
+is 64 bytes there and back, cr1 and cr32 connect, ask once and close, idle is 1000 open
+connections, mix is pp beside an upload. Proxies, load and sink share this
 machine's processors, so throughput says less than processor time (utime + stime of both proxies,
 /proc). Everything is kept in .bench/tunnel.json. The lab ends with this process, however it ends.
 """
@@ -417,12 +418,13 @@ def show(summary: dict[str, Any], contenders: list[Contender], repeat: int) -> N
 def main() -> None:
     """Run, print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="short workloads, two repetitions")
     parser.add_argument("--beside", type=Path, help="another checkout, whose ztunnel runs too")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("-o", choices=["table", "json"], default="table")
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     repeat = 2 if options.quick else options.repeat
     beside = options.beside is not None
     works = [each for each in workloads(options.quick) if options.only in each.name]
@@ -460,19 +462,29 @@ def main() -> None:
                 each.results.clear()
             for turn in range(repeat):
                 for work in works:
-                    first = turn % len(contenders)
-                    for each in contenders[first:] + contenders[:first]:
+                    for each in in_turn(contenders, turn):
                         measure(lab.client, each, work)
             summary = summarize(contenders, at_start)
         finally:
             lab.stop()
-    whole = {"repeat": repeat, "processors": os.cpu_count(), **summary}
+    load = {"load_before": load_before, "load_after": os.getloadavg()[0]}
+    whole = {"repeat": repeat, "processors": os.cpu_count(), **load, **summary}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
     if options.o == "json":
         print(json.dumps(whole))
     else:
         show(summary, contenders, repeat)
+
+
+def in_turn(contenders: list[Contender], turn: int) -> list[Contender]:
+    """The order of one repetition. Who comes next is slowed down by what the one before leaves
+    behind, and the machine's mood drifts: so every other repetition goes backwards (two of them
+    weigh evenly for any two contenders), and each such pair begins with somebody else.
+    """
+    first = turn // 2 % len(contenders)
+    order = contenders[first:] + contenders[:first]
+    return order[::-1] if turn % 2 else order
 
 
 def line_up(client: LabClient, lab: int, beside: bool) -> list[Contender]:

@@ -13,7 +13,7 @@ import trio
 
 from mesh.runtime import admin, metrics
 from mesh.runtime.admin import AdminApp, Request, Response
-from mesh.runtime.metrics import TcpLabels, TcpMetrics
+from mesh.runtime.tcp_metrics import TcpLabels, TcpMetrics
 
 pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("no_fd_leak")]
 

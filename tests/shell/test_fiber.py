@@ -62,9 +62,13 @@ async def test_starts_at_once_parks_and_goes_on() -> None:
 async def test_a_task_and_a_fiber_wait_for_the_same_signal() -> None:
     async with running() as loop:
         signal = Signal()
-        loop.fibers.start(signal.wait())
+
+        async def wait() -> None:
+            await signal.wait()
+
+        loop.fibers.start(wait())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(signal.wait)
+            nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
             signal.set()
         await loop.fibers.wait_ended()

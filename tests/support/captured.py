@@ -27,7 +27,8 @@ from mesh.model.service import Service
 from mesh.model.store import Changed, Store
 from mesh.model.workload import TunnelProtocol, Workload
 from mesh.reactor import Reactor
-from mesh.runtime.metrics import DnsMetrics, TcpMetrics
+from mesh.runtime.metrics import DnsMetrics
+from mesh.runtime.tcp_metrics import TcpMetrics
 from mesh.secrets import SecretManager
 from mesh.sockets import SocketAddress
 from mesh.tls.certificate import Certificate

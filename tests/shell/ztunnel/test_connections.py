@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,7 @@ from mesh.identity import SpiffeId
 from mesh.model.authorization import Action, Authorization, PolicyScope, Rule
 from mesh.model.store import Store
 from mesh.model.workload import Workload
-from mesh.runtime.metrics import TcpMetrics
+from mesh.runtime.tcp_metrics import TcpMetrics
 from ztunnel.connections import Connections, Judges, Tracked
 from ztunnel.record import Journal, Record
 
@@ -63,6 +63,13 @@ async def world() -> AsyncIterator[tuple[World, trio.Nursery]]:
         nursery.cancel_scope.cancel()
 
 
+async def carry(
+    made: World, tracked: Tracked, work: Callable[[Tracked], Awaitable[RelayResult]]
+) -> None:
+    with made.connections.carrying(tracked) as carrying:
+        carrying.result = await work(tracked)
+
+
 async def forever(_tracked: Tracked) -> RelayResult:
     await trio.sleep_forever()
     raise AssertionError
@@ -77,7 +84,7 @@ async def test_an_orderly_end() -> None:
             made.connections.opened(each, lambda: (0, 0))
             return RelayResult(7, 9, None)
 
-        await made.connections.carry(tracked, work)
+        await carry(made, tracked, work)
         assert len(made.connections) == 0
         (line,) = made.access.lines
         assert (line["bytes_sent"], line["bytes_recv"], line["policy"]) == (7, 9, "shop/allow")
@@ -90,7 +97,7 @@ async def test_a_failure_is_recorded_with_its_flag() -> None:
         async def work(_each: Tracked) -> RelayResult:
             raise Unavailable("nobody there", hint="look")
 
-        await made.connections.carry(made.admit(), work)
+        await carry(made, made.admit(), work)
         (line,) = made.access.lines
         assert (line["response_flags"], line["error"], line["hint"]) == (
             "CONNECT",
@@ -106,7 +113,7 @@ async def test_a_bug_is_recorded_and_raised() -> None:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            await made.connections.carry(made.admit(), work)
+            await carry(made, made.admit(), work)
         assert len(made.access.lines) == 1
         assert len(made.connections) == 0
 
@@ -120,7 +127,7 @@ async def test_cancellation_is_recorded_with_the_bytes_so_far() -> None:
             return await forever(each)
 
         with trio.move_on_after(0.01):
-            await made.connections.carry(tracked, work)
+            await carry(made, tracked, work)
         (line,) = made.access.lines
         assert (line["bytes_sent"], line["bytes_recv"]) == (3, 4)
         assert "stopped" in str(line["error"])
@@ -130,10 +137,10 @@ async def test_a_limit_ends_as_it_said() -> None:
     async with world() as (made, _):
 
         async def work(each: Tracked) -> RelayResult:
-            each.limit(0.01, Refusal("CONNECT", "too late"))
+            each.limit(0.01, lambda: Refusal("CONNECT", "too late"))
             return await forever(each)
 
-        await made.connections.carry(made.admit(), work)
+        await carry(made, made.admit(), work)
         assert made.access.lines[0]["error"] == "too late"
 
 
@@ -141,19 +148,19 @@ async def test_a_limit_that_was_kept_does_nothing() -> None:
     async with world() as (made, _):
 
         async def work(each: Tracked) -> RelayResult:
-            each.limit(0.01, Refusal("CONNECT", "too late"))
+            each.limit(0.01, lambda: Refusal("CONNECT", "too late"))
             each.unlimit()
             await trio.sleep(0.03)
             return RelayResult(0, 0, None)
 
-        await made.connections.carry(made.admit(), work)
+        await carry(made, made.admit(), work)
         assert "error" not in made.access.lines[0]
 
 
 async def test_a_policy_change_cuts_what_is_refused_now() -> None:
     async with world() as (made, nursery):
         for _ in range(250):
-            nursery.start_soon(made.connections.carry, made.admit(), forever)
+            nursery.start_soon(carry, made, made.admit(), forever)
         await trio.sleep(0.01)
         made.say(replace(DENY, namespace="bank"))
         await trio.sleep(0.01)
@@ -170,7 +177,7 @@ async def test_a_policy_change_cuts_what_is_refused_now() -> None:
 async def test_outbound_connections_are_not_judged_here() -> None:
     async with world() as (made, nursery):
         tracked = made.connections.track(made.record(), "pod", WEB)
-        nursery.start_soon(made.connections.carry, tracked, forever)
+        nursery.start_soon(carry, made, tracked, forever)
         made.say(DENY)
         await trio.sleep(0.01)
         assert len(made.connections) == 1
@@ -184,7 +191,7 @@ async def test_outbound_connections_are_not_judged_here() -> None:
 
 async def test_a_workload_that_left_is_not_cut() -> None:
     async with world() as (made, nursery):
-        nursery.start_soon(made.connections.carry, made.admit(), forever)
+        nursery.start_soon(carry, made, made.admit(), forever)
         made.connections.changed(made.store.apply_addresses([], ["web"]))
         await trio.sleep(0.01)
         assert len(made.connections) == 1
@@ -192,7 +199,7 @@ async def test_a_workload_that_left_is_not_cut() -> None:
 
 async def test_waiting_for_one_pod_only() -> None:
     async with world() as (made, nursery):
-        nursery.start_soon(made.connections.carry, made.admit(), forever)
+        nursery.start_soon(carry, made, made.admit(), forever)
         with trio.fail_after(30):
             await made.connections.wait_empty("another pod")
         with trio.move_on_after(0.01) as scope:

@@ -13,6 +13,7 @@ from mesh.identity import SpiffeId
 from mesh.runtime import metrics
 from mesh.runtime.http_metrics import HttpMetrics
 from mesh.runtime.log import AccessLog
+from mesh.runtime.tcp_metrics import TcpMetrics
 from mesh.runtime.tracing import TracingSettings, open_tracer
 from mesh.secrets import SecretManager
 from mesh.tls.certificate import Certificate
@@ -63,7 +64,7 @@ async def test_certificates_and_lost_lines() -> None:
 
 async def test_the_page_of_metrics_has_every_name_and_no_other() -> None:
     registry = metrics.new_registry("ztunnel", "1")
-    metrics.TcpMetrics(registry)
+    TcpMetrics(registry)
     metrics.XdsMetrics(registry)
     metrics.DnsMetrics(registry)
     metrics.WorkloadManagerMetrics(registry)

@@ -6,7 +6,7 @@ from mesh.hbone.head import Baggage
 from mesh.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Locality, Workload
-from mesh.runtime.metrics import TcpLabels
+from mesh.runtime.tcp_metrics import TcpLabels
 from ztunnel.record import Ending, Journal, Record, access_fields, baggage_of
 
 CURL = SpiffeId("cluster.local", "shop", "curl")

@@ -260,3 +260,24 @@ def test_the_connection_id_travels_in_the_baggage() -> None:
     assert parse_baggage([dict(pairs)[b"baggage"].decode()]) == CART
     alone = ConnectHead("10.0.0.1:80", connection_id="ab12")
     assert parse_request(encode_request(alone)).connection_id == "ab12"
+
+
+@pytest.mark.parametrize("extra", [[], [(b"x-other", b"1")]])
+def test_a_head_in_our_order_is_read_as_any_other(extra: list[tuple[bytes, bytes]]) -> None:
+    pairs = [
+        (b":method", b"CONNECT"),
+        (b":authority", b"[FD00::1]:80"),
+        (b"baggage", b"k8s.namespace.name=shop,ambit.connection.id=c1"),
+        (b"forwarded", b'for="10.0.0.1:5";host=Web.Shop'),
+        (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+    ]
+    head = parse_request([*pairs, *extra])
+    assert head.authority == "[fd00::1]:80"
+    assert head.baggage == Baggage(namespace="shop")
+    assert head.connection_id == "c1"
+    assert head.forwarded == Forwarded("10.0.0.1:5", "web.shop")
+    assert head.traceparent == pairs[-1][1].decode()
+    with pytest.raises(RemoteProtocolError):
+        parse_request([(b":method", b"GET"), *pairs[1:]])
+    with pytest.raises(RemoteProtocolError):
+        parse_request([pairs[0], (b":authority", b"nowhere"), *pairs[2:]])

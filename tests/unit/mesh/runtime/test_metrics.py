@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from mesh.runtime import metrics
-from mesh.runtime.metrics import DnsLabels, TcpLabels, TcpMetrics
+from mesh.runtime.metrics import DnsLabels
+from mesh.runtime.tcp_metrics import TcpLabels, TcpMetrics, tcp_directions
 
 
 class Clock:
@@ -62,6 +63,20 @@ def test_names_and_values_of_a_connection() -> None:
     assert not [name for name in found if name.endswith("_created")]
 
 
+def test_what_was_counted_is_told_once_however_often_it_is_read() -> None:
+    registry = CollectorRegistry()
+    tcp = TcpMetrics(registry)
+    labels = TcpLabels(reporter="source")
+    tcp.opened(labels)
+    tcp.bytes(labels, 3, 4)
+    name = "istio_tcp_received_bytes_total"
+    values = [registry.get_sample_value(name, asdict(labels)) for _ in range(3)]
+    tcp.bytes(labels, 0, 5)
+    assert values == [4, 4, 4]
+    assert registry.get_sample_value(name, asdict(labels)) == 9
+    assert registry.get_sample_value("istio_tcp_sockets_open", {"reporter": "source"}) == 1
+
+
 def test_label_names_are_istios() -> None:
     registry = CollectorRegistry()
     TcpMetrics(registry).failed(TcpLabels(reporter="destination", response_flags="DENY"))
@@ -96,8 +111,8 @@ def test_empty_label_is_shown_as_unknown() -> None:
     [
         # A request of 10 bytes answered by 900: at the source the request enters the tunnel,
         # at the destination the answer does.
-        ("source", metrics.tcp_directions("source", to_tunnel=10, from_tunnel=900)),
-        ("destination", metrics.tcp_directions("destination", to_tunnel=900, from_tunnel=10)),
+        ("source", tcp_directions("source", to_tunnel=10, from_tunnel=900)),
+        ("destination", tcp_directions("destination", to_tunnel=900, from_tunnel=10)),
     ],
 )
 def test_both_reporters_agree_on_directions(reporter: str, expected: tuple[int, int]) -> None:
