@@ -217,6 +217,7 @@ class BodyFilter(Protocol):
         ...
 
 
+@mypyc_attr(native_class=False)
 class Blocked(Exception):
     """A body filter says that this body must not pass; `args[0]` is the `Respond` instead of it.
     When a part has passed already the exchange is cut, visibly.

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import brotli
 import zstandard
+from mypy_extensions import mypyc_attr
 
 from waypoint.filters.chain import Blocked, BodyFilter
 from waypoint.filters.redact.rules import Plan, Report
@@ -147,6 +148,7 @@ def _codec(coding: bytes) -> tuple[_Unpack, _Pack]:
     return _Inflate(window), _PackZlib(window)
 
 
+@mypyc_attr(native_class=False)
 class BrokenCoding(Exception):
     """This is not what the coding says, or too much."""
 

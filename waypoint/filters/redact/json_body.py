@@ -14,6 +14,8 @@ import json
 import re
 from typing import Any, Final
 
+from mypy_extensions import mypyc_attr
+
 from waypoint.filters.redact.path_tree import NOTHING, SCALAR, STRING, UNREACHED, Place, Step
 from waypoint.filters.redact.rules import Plan, Report
 from waypoint.filters.redact.views import write_json
@@ -46,6 +48,7 @@ class _Frame:
         self.index = 0
 
 
+@mypyc_attr(native_class=False)
 class _Broken(Exception):
     """This is no JSON; `args[0]` says why."""
 
