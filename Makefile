@@ -26,7 +26,7 @@ kube: ## build a kube-apiserver (once; needs Go) and run the tests that want one
 	@test -n "$$AMBIT_KUBECONFIG" || tests/kube/build
 	@$(PYTHON_BIN) -m pytest tests/kube $(ARGS)
 
-compile: ## the data path as machine code, into .compiled/ (needs a C compiler); daemons then use it
+compile: ## the data path as machine code, into .compiled/ (needs a C compiler); waypoints then use it
 	@.ci/setup test
 	@.ci/compile
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import trio
 
-from mesh import __version__, compiled
+from mesh import __version__
 from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
@@ -55,7 +55,6 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
 
     If cancelled: every connection is cut.
     """
-    _log.info("starting", version=__version__, compiled=compiled.in_use)
     lifecycle.raise_file_limit()
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
@@ -208,10 +207,3 @@ async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
 
 def _report_bug(error: Exception, where: object) -> None:
     lifecycle.report_bug(f"reactor: {type(where).__name__}", error)
-
-
-def run() -> int:
-    """The daemon, until it ends; its exit code."""
-    return lifecycle.start(
-        "ztunnel", ZtunnelConfig, main, grace_seconds=lambda config: config.drain_seconds + 1.0
-    )

@@ -17,7 +17,8 @@ Heads have nine fields, all of them with ids of their own; `many` has 24, `twice
 Each repetition runs every workload for both, in turn; ratios are medians of the repetitions' own.
 `cpu` is processor time of the proxy per 1000 requests (/proc), the fairest of the columns, as the
 load may be what limits requests/s. Everything is kept in .bench/waypoint.json, also when the run
-breaks off. `--beside` adds the waypoint of another checkout.
+breaks off. `--beside` adds the waypoint of another checkout. Ours runs on compiled modules, if they
+were built (`make compile`), and then the same on its sources runs beside it, as `sources`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from typing import Any
 
 import trio
 
+from mesh import compiled
 from mesh.identity import SpiffeId
 from mesh.model.l7_policy import (
     L7Authorization,
@@ -70,7 +72,7 @@ from tests.support.envoy_waypoint import NODE, PLENTY, THEIRS, USERS, envoy_conf
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".bench" / "waypoint.json"
 LOAD = str(Path(__file__).with_name("load_l7.py"))
-OURS, BESIDE = "127.0.0.3", "127.0.0.5"
+OURS, BESIDE, SOURCES = "127.0.0.3", "127.0.0.5", "127.0.0.6"
 GATEWAY, DOMAIN = "shop/waypoint", "svc.cluster.local"
 WAYPOINT = GatewayAddress(NamespacedHostname("shop", f"waypoint.shop.{DOMAIN}"), 15008)
 HTTP_PORT = 80
@@ -103,6 +105,12 @@ WORKS = (
     Work("h2.policy", "h2", "h2", "h2", streams=4, at_once=16),
     Work("grpc.policy", "grpc", "h2", "h2", streams=4, at_once=16),
 )
+COLUMNS = {
+    "ambit": "ratios",
+    "sources": "ratios_of_sources",
+    "beside": "ratios_of_beside",
+}
+"""The ratios of each of ours, as the summary names them."""
 LOGGED = frozenset({"h1.telemetry", "h1.redact10k"})
 
 
@@ -296,7 +304,7 @@ def summarize(contenders: list[Contender]) -> dict[str, Any]:
             for each in contenders
         }
     }
-    for ours, name in (("ambit", "ratios"), ("beside", "ratios_of_beside")):
+    for ours, name in COLUMNS.items():
         if ours in known:
             summary[name] = {
                 f"{work}.{value}": round(
@@ -316,7 +324,7 @@ def summarize(contenders: list[Contender]) -> dict[str, Any]:
 def show(summary: dict[str, Any], repeat: int) -> None:
     """The table for people."""
     print(f"medians of {repeat}; x: ratio to Envoy in the same repetition; cpu: ms per request")
-    columns = [name for name in ("ratios", "ratios_of_beside") if name in summary]
+    columns = [name for name in COLUMNS.values() if name in summary]
     absolute = summary["absolute"]
     names = list(absolute)
     print(f"{'':<26}" + "".join(f"{each:>11}" for each in [*names, *columns]))
@@ -358,6 +366,7 @@ async def bench(options: argparse.Namespace) -> None:
             finally:
                 summary = {
                     "repeat": repeat, "seconds": seconds, "processors": os.cpu_count(),
+                    "compiled": any(each.name == "sources" for each in contenders),
                     "load": os.getloadavg(), **(summarize(contenders) if contenders else {}),
                 }  # fmt: skip
                 RESULTS.parent.mkdir(exist_ok=True)
@@ -405,10 +414,13 @@ async def line_up(
         )
         envoy.pids[feature], envoy.ports[feature] = process.pid, port
     contenders = [envoy]
-    checkouts = [("ambit", OURS, ROOT)]
+    checkouts = [("ambit", OURS, ROOT, "auto")]
+    with contextlib.suppress(ValueError):
+        compiled.find(ROOT)
+        checkouts.append(("sources", SOURCES, ROOT, "off"))
     if beside is not None:
-        checkouts.append(("beside", BESIDE, beside.resolve()))
-    for name, host, checkout in checkouts:
+        checkouts.append(("beside", BESIDE, beside.resolve(), "auto"))
+    for name, host, checkout, way in checkouts:
         ours = Contender(name, host)
         for feature, level in (("quiet", "info,access=off"), ("telemetry", "info")):
             ready = free_port()
@@ -418,6 +430,7 @@ async def line_up(
             environment = {
                 **os.environ,
                 "PYTHONPATH": str(checkout),
+                compiled.SWITCH: way,
                 "XDS_ADDRESS": f"https://127.0.0.1:{control.getsockname()[1]}",
                 "CA_ADDRESS": f"https://127.0.0.1:{control.getsockname()[1]}",
                 "POD_NAMESPACE": "shop",

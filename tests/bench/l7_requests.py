@@ -6,6 +6,9 @@ import json
 import random
 from dataclasses import dataclass
 
+from hpack.huffman import HuffmanEncoder
+from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
+
 HOST = "web.shop.svc.cluster.local"
 
 
@@ -44,13 +47,21 @@ def _heads(kind: str, line: str, more: str = "", *, tail: bytes = b"") -> tuple[
     return tuple(made)
 
 
+_HUFFMAN = HuffmanEncoder(REQUEST_CODES, REQUEST_CODES_LENGTH)
+
+
 def _literal(name: str, value: str) -> bytes:
     """A field that no table keeps."""
-    return b"\x00" + bytes([len(name)]) + name.encode() + _length(len(value)) + value.encode()
+    return b"\x00" + _string(name) + _string(value)
 
 
-def _length(size: int) -> bytes:
-    return bytes([size]) if size < 127 else bytes([127, size - 127]) if size < 255 else b""
+def _string(text: str) -> bytes:
+    """By Huffman's code where that is shorter, as all clients write it."""
+    plain, coded = text.encode(), _HUFFMAN.encode(text.encode())
+    mark, text_bytes = (0x80, coded) if len(coded) < len(plain) else (0, plain)
+    size = len(text_bytes)
+    assert size < 255
+    return bytes([mark | size] if size < 127 else [mark | 127, size - 127]) + text_bytes
 
 
 def _blocks(
@@ -71,8 +82,7 @@ def _blocks(
             ("traceparent", f"00-{draw.getrandbits(128):032x}-{draw.getrandbits(64):016x}-00"),
             *more,
         ]
-        block = method + b"\x86" + b"\x04" + _length(len(target)) + target.encode()
-        block += b"\x01" + _length(len(HOST)) + HOST.encode()
+        block = method + b"\x86" + b"\x04" + _string(target) + b"\x01" + _string(HOST)
         made.append(block + b"".join(_literal(*each) for each in fields))
     return tuple(made)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import RemoteProtocolError
+from mesh.http.hpack_decoder import STATIC
 from mesh.http.hpack_table import (
-    _STATIC,
     TABLE_SIZE_ZERO,
     BlockDecoder,
     encode_block,
@@ -19,7 +19,7 @@ from mesh.http.hpack_table import (
 
 _NAME = st.from_regex(rb"[a-z0-9-]{1,20}", fullmatch=True)
 _PAIRS = st.lists(
-    st.one_of(st.tuples(_NAME, st.binary(max_size=300)), st.sampled_from(_STATIC)), max_size=8
+    st.one_of(st.tuples(_NAME, st.binary(max_size=300)), st.sampled_from(STATIC)), max_size=8
 )
 
 
