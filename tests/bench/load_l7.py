@@ -168,6 +168,7 @@ class Secure:
 
     def __init__(self, loop: Loop, sock: socket.socket, context: ssl.SSLContext, *, server: bool):
         self.loop, self.sock = loop, sock
+        self._is_server = server
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_side=server)
         self._said = bytearray()
@@ -209,7 +210,10 @@ class Secure:
         except BlockingIOError:
             return
         except OSError as error:
-            raise SystemExit(f"a connection broke: {error}") from error
+            if not self._is_server:
+                raise SystemExit(f"a connection broke: {error}") from error
+            # A proxy gives up connections that nobody uses; a request lost so has no answer of 200.
+            data = b""
         if not data:
             self.loop.remove(self.sock.fileno())
             self.sock.close()
