@@ -186,7 +186,7 @@ class Secure:
 
     def flush(self) -> None:
         """Encrypt and send."""
-        if not self.is_ready:
+        if not self.is_ready or self.sock.fileno() < 0:
             return
         if self._said:
             said, self._said = self._said, bytearray()
@@ -198,12 +198,16 @@ class Secure:
             sent = self.sock.send(data)
         except BlockingIOError:
             sent = 0
+        except OSError as error:
+            if not self._is_server:
+                raise SystemExit(f"a connection broke: {error}") from error
+            return
         self._unsent = data[sent:]
         self.loop.watch(self.sock.fileno(), writable=bool(self._unsent))
 
     def on_events(self) -> None:
         """Readable, or writable."""
-        if self._unsent:
+        if self._unsent and self.is_ready:
             self.flush()
         try:
             data = self.sock.recv(1 << 18)
