@@ -122,6 +122,7 @@ def apply(lab: TestLab) -> Iterator[Callable[..., None]]:
         group = {
             "HTTPRoute": "gateway.networking.k8s.io/v1",
             "AuthorizationPolicy": "security.istio.io/v1",
+            "ServiceEntry": "networking.istio.io/v1",
         }.get(kind, "ambit.dev/v1alpha1")
         metadata = {"name": name, "namespace": "shop"}
         lab.client.apply({"apiVersion": group, "kind": kind, "metadata": metadata, "spec": spec})
@@ -250,6 +251,35 @@ def _refused(lab: TestLab, ip: str) -> None:
     said = lab.client.run("shop", "web", ["curl", "-s", "-m", "5", f"http://{ip}:8080/"])
     assert said.code != 0
     assert not said.stdout
+
+
+def test_an_external_host_goes_through_it(lab: TestLab, apply: Callable[..., None]) -> None:
+    (address, *_) = [
+        each["status"]["podIP"]
+        for each in lab.client.get("Pod", "shop")
+        if each["metadata"].get("labels", {}).get("app") == "api"
+    ]
+    host = "api.partner.example"
+    spec = {
+        "hosts": [host],
+        "resolution": "STATIC",
+        "ports": [{"number": 80, "name": "http", "protocol": "HTTP", "targetPort": 8080}],
+        "endpoints": [{"address": address}],
+    }
+    apply("ServiceEntry", "partner", spec)
+    eventually(lambda: ask(lab, "/", host=host)[0][0] == 200 or pytest.fail("not yet"))
+    outside = {"group": "networking.istio.io", "kind": "ServiceEntry", "name": "partner"}
+    rules = [{"to": [{"operation": {"methods": ["PUT"]}}]}]
+    policy = {"targetRefs": [outside], "action": "DENY", "rules": rules}
+    apply("AuthorizationPolicy", "partner", policy)
+
+    def judged() -> None:
+        assert ask(lab, "/", host=host, method="PUT")[0][0] == 403
+        assert ask(lab, "/", host=host)[0][0] == 200
+
+    eventually(judged)
+    (entry,) = lab.client.get("ServiceEntry", "shop")
+    assert entry["status"]["addresses"][0]["value"].startswith("240.240.")
 
 
 def test_values_are_taken_out_of_the_traffic(lab: TestLab, apply: Callable[..., None]) -> None:
