@@ -267,7 +267,11 @@ def test_an_external_host_goes_through_it(lab: TestLab, apply: Callable[..., Non
         "endpoints": [{"address": address}],
     }
     apply("ServiceEntry", "partner", spec)
-    eventually(lambda: ask(lab, "/", host=host)[0][0] == 200 or pytest.fail("not yet"))
+
+    def reached() -> None:
+        assert ask(lab, "/", host=host)[0][0] == 200
+
+    eventually(reached)
     outside = {"group": "networking.istio.io", "kind": "ServiceEntry", "name": "partner"}
     rules = [{"to": [{"operation": {"methods": ["PUT"]}}]}]
     policy = {"targetRefs": [outside], "action": "DENY", "rules": rules}
@@ -278,8 +282,13 @@ def test_an_external_host_goes_through_it(lab: TestLab, apply: Callable[..., Non
         assert ask(lab, "/", host=host)[0][0] == 200
 
     eventually(judged)
-    (entry,) = lab.client.get("ServiceEntry", "shop")
-    assert entry["status"]["addresses"][0]["value"].startswith("240.240.")
+
+    def told() -> None:
+        (entry,) = lab.client.get("ServiceEntry", "shop")
+        given = entry.get("status", {}).get("addresses", [{"value": ""}])
+        assert given[0]["value"].startswith("240.240.")
+
+    eventually(told)
 
 
 def test_values_are_taken_out_of_the_traffic(lab: TestLab, apply: Callable[..., None]) -> None:
@@ -365,6 +374,42 @@ def test_replicas_come_and_go_under_load(lab: TestLab, tmp_path: Path) -> None:
     deployment["spec"]["replicas"] = 1
     lab.client.apply(deployment)
     _waypoints(lab, 1)
+
+
+def test_a_service_moves_to_another_waypoint_and_back_without_a_failed_request(
+    lab: TestLab, tmp_path: Path
+) -> None:
+    done = ambit(lab, "waypoint", "apply", "-n", "shop", "--name", "second", "--wait")
+    assert done.returncode == 0, done.stderr
+    (service,) = (e for e in lab.client.get("Service", "shop") if e["metadata"]["name"] == "api")
+
+    def uses(name: str) -> Callable[[], None]:
+        def check() -> None:
+            (found,) = (
+                e for e in lab.client.get("Service", "shop") if e["metadata"]["name"] == "api"
+            )
+            (bound,) = (
+                e
+                for e in found.get("status", {}).get("conditions", [])
+                if e["type"] == "istio.io/WaypointBound"
+            )
+            assert bound["message"].endswith(f"waypoint shop/{name}")
+
+        return check
+
+    with _load(lab, tmp_path) as told:
+        for name in ("second", "waypoint"):
+            service["metadata"].setdefault("labels", {})["istio.io/use-waypoint"] = name
+            lab.client.apply(service)
+            eventually(uses(name))
+            ask(lab, count=20)
+    assert told["new"] > 50
+    assert told["kept"] > 50
+    assert told["failed"] == []
+    del service["metadata"]["labels"]["istio.io/use-waypoint"]
+    lab.client.apply(service)
+    done = ambit(lab, "waypoint", "delete", "second", "-n", "shop")
+    assert done.returncode == 0, done.stderr
 
 
 def _is_replaced(lab: TestLab, before: set[str]) -> None:
