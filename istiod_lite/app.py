@@ -119,6 +119,7 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         follow = partial(publisher.follow, cluster)
         await nursery.start(state.follow, follow, published)
         tasks["cluster"].done()
+        lifecycle.settle_memory()
         nursery.start_soon(state.keep)
         nursery.start_soon(seat.follow_keys, state)
 
