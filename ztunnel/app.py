@@ -22,11 +22,11 @@ from typing import Any
 
 import trio
 
-from mesh import __version__
+from mesh import __version__, compiled
 from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
-from mesh.runtime import lifecycle, log, metrics
+from mesh.runtime import lifecycle, log, memory, metrics
 from mesh.runtime.admin import Readiness, metrics_app, readiness_app
 from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tcp_metrics import TcpMetrics
@@ -56,6 +56,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     If cancelled: every connection is cut.
     """
     lifecycle.raise_file_limit()
+    _log.info("starting", version=__version__, compiled=compiled.in_use)
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
     tracer = open_tracer(config, "ztunnel", _described(config), registry)
@@ -81,6 +82,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             start(access.run)
             start(metrics.expire_idle, tcp_metrics, node.dns_metrics)
             start(metrics.watch_loop_lag, registry)
+            start(memory.keep_small)
             if tracer is not None:
                 start(tracer.run)
             start(node.secrets.run)
@@ -207,3 +209,10 @@ async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
 
 def _report_bug(error: Exception, where: object) -> None:
     lifecycle.report_bug(f"reactor: {type(where).__name__}", error)
+
+
+def run() -> int:
+    """The daemon; its exit code."""
+    return lifecycle.start(
+        "ztunnel", ZtunnelConfig, main, grace_seconds=lambda config: config.drain_seconds + 1.0
+    )

@@ -321,7 +321,7 @@ class PodProxy:
     async def _answer_dns(self) -> None:
         with self._answering:
             async with trio.open_nursery() as answering:
-                for kind in _DNS & self._listeners.keys():
+                for kind in _DNS.intersection(self._listeners):
                     listener = self._listeners[kind]
                     if kind in _UDP:
                         answering.start_soon(self._dns.serve_udp, listener, self.nursery)

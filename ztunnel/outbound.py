@@ -12,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import trio
+from mypy_extensions import mypyc_attr
 
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
@@ -164,6 +165,7 @@ async def _reach(
         _note_route(record, route)
 
 
+@mypyc_attr(native_class=False)
 class _Unreached(Exception):
     """There is no connection to the next hop, and nothing was sent there."""
 
