@@ -19,10 +19,12 @@ from mesh.errors import RemoteProtocolError, Unavailable
 from mesh.hbone.head import (
     ConnectHead,
     ConnectResponse,
+    Malformed,
     encode_request,
     encode_response,
     parse_request,
 )
+from mesh.hbone.refused import RefusedRequest
 from mesh.hbone.tunnel import Tunnel
 from mesh.hbone.wire import LINGER_SECONDS, Wire
 from mesh.http import h2_frames as h2
@@ -82,6 +84,7 @@ class TunnelConnection(Wire):
             budget=budget,
         )
         self._parked: dict[Tunnel, None] = {}
+        self._refused: dict[int, RefusedRequest] = {}
         self._draining = False
         self._idle_since: float | None = trio.current_time()
         self._settled = trio.Event()
@@ -169,7 +172,7 @@ class TunnelConnection(Wire):
 
         `on_tunnel(tunnel)` is called for every good CONNECT, from `run()` on; it must not
         wait: it starts a task that calls `respond` or `refuse`, and `relay`. Malformed
-        CONNECTs are answered 400 without a call.
+        CONNECTs are answered 400, or reset, without a call.
         Takes `sock` over. Raises Unavailable, IdentityError. If cancelled: the socket is
         closed. Call `run` at once: nothing is read before.
         """
@@ -206,6 +209,7 @@ class TunnelConnection(Wire):
                     await self._closed.wait()
                     return
                 now = trio.current_time()
+                self._dismiss_refused()
                 if self._closing:
                     if now - self._closing_at >= LINGER_SECONDS:
                         self._tear_down(None)
@@ -261,6 +265,7 @@ class TunnelConnection(Wire):
         if self.is_closed or self._draining:
             return
         self._draining = True
+        self._dismiss_refused()
         if self._on_tunnel is None:
             self.core.goaway()
         else:
@@ -327,10 +332,7 @@ class TunnelConnection(Wire):
         try:
             head = parse_request(pairs)
         except RemoteProtocolError as exc:
-            refusal = ConnectResponse(exc.http_status)
-            self.core.send_headers(stream, encode_block(encode_response(refusal)), end_stream=True)
-            self.core.reset(stream, h2.NO_ERROR)
-            self.core.cheap_arrived("malformed requests")
+            self._refuse(stream, pairs, exc)
             return
         tunnel = Tunnel(self, head)
         tunnel.bind(stream)
@@ -338,6 +340,21 @@ class TunnelConnection(Wire):
             on_tunnel(tunnel)
         except Exception as exc:
             self._bug(tunnel, exc)
+
+    def _refuse(self, stream: Stream, pairs: Sequence[Pair], error: RemoteProtocolError) -> None:
+        core = self.core
+        if isinstance(error, Malformed):
+            core.reset(stream, error.h2_code)
+        else:
+            stream.owner = self._refused[stream.id] = RefusedRequest(core, stream, pairs)
+            answer = encode_response(ConnectResponse(error.http_status))
+            core.send_headers(stream, encode_block(answer), end_stream=True)
+        core.cheap_arrived("malformed requests")
+
+    def _dismiss_refused(self) -> None:
+        for refused in tuple(self._refused.values()):
+            refused.dismiss()
+            self.touch()
 
     def on_data(self, stream: Stream, views: Sequence[memoryview], total: int) -> None:
         """Payload for one tunnel; a bug in its sink ends that tunnel only."""
@@ -362,6 +379,8 @@ class TunnelConnection(Wire):
 
     def on_closed(self, stream: Stream) -> None:
         """One stream less."""
+        if self._refused:
+            self._refused.pop(stream.id, None)
         if not self.core.streams:
             self._idle_since = trio.current_time()
             self.touch()
