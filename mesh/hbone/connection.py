@@ -18,13 +18,11 @@ import trio
 from mesh.errors import RemoteProtocolError, Unavailable
 from mesh.hbone.head import (
     ConnectHead,
-    ConnectResponse,
-    Malformed,
     encode_request,
-    encode_response,
     parse_request,
 )
-from mesh.hbone.refused import RefusedRequest
+from mesh.hbone.leftovers import Leftovers
+from mesh.hbone.relay import SocketEnd
 from mesh.hbone.tunnel import Tunnel
 from mesh.hbone.wire import LINGER_SECONDS, Wire
 from mesh.http import h2_frames as h2
@@ -84,7 +82,7 @@ class TunnelConnection(Wire):
             budget=budget,
         )
         self._parked: dict[Tunnel, None] = {}
-        self._refused: dict[int, RefusedRequest] = {}
+        self._leftovers = Leftovers(self.core)
         self._draining = False
         self._idle_since: float | None = trio.current_time()
         self._settled = trio.Event()
@@ -209,13 +207,13 @@ class TunnelConnection(Wire):
                     await self._closed.wait()
                     return
                 now = trio.current_time()
-                self._dismiss_refused()
+                self._leftovers.tidy()
+                self.touch()
                 if self._closing:
                     if now - self._closing_at >= LINGER_SECONDS:
                         self._tear_down(None)
                 elif waiting_since is None or self._reads != reads:
                     self.core.ping(b"ambit%03d" % (self._reads % 1000))
-                    self.touch()
                     waiting_since, reads = now, self._reads
                 elif now - waiting_since >= self._ping_timeout_seconds:
                     self.close(f"no sign of life for {self._ping_timeout_seconds:g} s")
@@ -265,7 +263,7 @@ class TunnelConnection(Wire):
         if self.is_closed or self._draining:
             return
         self._draining = True
-        self._dismiss_refused()
+        self._leftovers.dismiss_refused()
         if self._on_tunnel is None:
             self.core.goaway()
         else:
@@ -286,6 +284,16 @@ class TunnelConnection(Wire):
     def park(self, tunnel: Tunnel) -> None:
         """Resume `tunnel` when the connection takes bytes again."""
         self._parked[tunnel] = None
+
+    def linger(self, end: SocketEnd) -> None:
+        """Look after `end`, whose tunnel is over: it is to leave when its application has got all.
+
+        Nothing wakes us when that is so.
+        """
+        if self.is_closed:
+            end.leave(at_once=True)
+        else:
+            self._leftovers.lingering[end] = None
 
     def unpark(self, tunnel: Tunnel) -> None:
         """`tunnel` has ended."""
@@ -310,6 +318,7 @@ class TunnelConnection(Wire):
     def _torn_down(self, reason: str) -> None:
         self._settled.set()
         self._parked.clear()
+        self._leftovers.abandon()
         for stream in list(self.core.streams.values()):
             if isinstance(stream.owner, Tunnel):
                 stream.owner.on_lost(reason)
@@ -332,7 +341,7 @@ class TunnelConnection(Wire):
         try:
             head = parse_request(pairs)
         except RemoteProtocolError as exc:
-            self._refuse(stream, pairs, exc)
+            self._leftovers.refuse(stream, pairs, exc)
             return
         tunnel = Tunnel(self, head)
         tunnel.bind(stream)
@@ -340,21 +349,6 @@ class TunnelConnection(Wire):
             on_tunnel(tunnel)
         except Exception as exc:
             self._bug(tunnel, exc)
-
-    def _refuse(self, stream: Stream, pairs: Sequence[Pair], error: RemoteProtocolError) -> None:
-        core = self.core
-        if isinstance(error, Malformed):
-            core.reset(stream, error.h2_code)
-        else:
-            stream.owner = self._refused[stream.id] = RefusedRequest(core, stream, pairs)
-            answer = encode_response(ConnectResponse(error.http_status))
-            core.send_headers(stream, encode_block(answer), end_stream=True)
-        core.cheap_arrived("malformed requests")
-
-    def _dismiss_refused(self) -> None:
-        for refused in tuple(self._refused.values()):
-            refused.dismiss()
-            self.touch()
 
     def on_data(self, stream: Stream, views: Sequence[memoryview], total: int) -> None:
         """Payload for one tunnel; a bug in its sink ends that tunnel only."""
@@ -379,8 +373,8 @@ class TunnelConnection(Wire):
 
     def on_closed(self, stream: Stream) -> None:
         """One stream less."""
-        if self._refused:
-            self._refused.pop(stream.id, None)
+        if self._leftovers.refused:
+            self._leftovers.refused.pop(stream.id, None)
         if not self.core.streams:
             self._idle_since = trio.current_time()
             self.touch()

@@ -32,7 +32,7 @@ _FRAMES = h2.FrameBuffer(READ_SIZE)
 _SCRATCH = memoryview(bytearray(READ_SIZE))
 _NO_WAIT = socket.MSG_DONTWAIT
 _MAX_VIEWS = 64
-_SIOCOUTQ = 0x5411
+_SIOCOUTQ, _SIOCINQ = 0x5411, 0x541B
 
 
 class Sink(Protocol):
@@ -207,6 +207,8 @@ class SocketEnd:
         self._watch(self._events & ~WRITABLE)
         if self._sink_ended:
             self._shut(sock)
+        if self._discarding:
+            self.leave()
 
     def end(self) -> None:
         """Pass the orderly end on, after what waits."""
@@ -229,6 +231,19 @@ class SocketEnd:
             return
         self._discarding = True
         self._watch(self._events | READABLE)
+        if not self.leave():
+            self._tunnel.connection.linger(self)
+
+    def leave(self, *, at_once: bool = False) -> bool:
+        """Close, although the application has neither ended nor said anything: once it has got
+        everything, or `at_once`, which leaves that to the kernel. Whether it is closed.
+        """
+        sock = self._sock
+        if sock is None or self._pending is not None or _waiting(sock, _SIOCINQ):
+            return sock is None
+        if at_once or not _waiting(sock, _SIOCOUTQ):
+            self._close(None)
+        return self._sock is None
 
     def _discard(self, sock: socket.socket) -> None:
         try:
@@ -244,7 +259,7 @@ class SocketEnd:
                 self._close(None)
             else:
                 self._watch(self._events & ~READABLE)
-        elif self._pending is None and not _unacknowledged(sock):
+        elif self._pending is None and not _waiting(sock, _SIOCOUTQ):
             # Everything has arrived: closing now cannot take it away from the application.
             self._close(None)
 
@@ -290,6 +305,7 @@ def _rest(views: Sequence[memoryview], sent: int) -> bytearray:
     return rest
 
 
-def _unacknowledged(sock: socket.socket) -> int:
-    (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"))
+def _waiting(sock: socket.socket, queue: int) -> int:
+    """The bytes that wait in one of the kernel's queues: not read yet, or not acknowledged."""
+    (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), queue, b"\0\0\0\0"))
     return int(count)

@@ -430,6 +430,43 @@ async def test_an_ended_application_still_gets_what_waits_for_it() -> None:
         assert tunnel.received == size
 
 
+async def test_a_silent_application_is_let_go_after_a_polite_reset() -> None:
+    """It got everything, and whom it could answer is gone: no socket waits for it for ever."""
+    async with open_link(server_options={"ping_seconds": 0.05}) as link:
+        near, far, tunnel, served = await link.pipe()
+        await near.send_all(b"bye")
+        await near.send_eof()
+        assert await _all(far) == b"bye"
+        link.client.core.reset(tunnel._stream, h2.NO_ERROR)
+        link.client.touch()
+        with trio.fail_after(30):
+            assert (await served.wait_closed()).error is None
+        assert served._sink._sock is None
+        tunnel.reset()
+
+
+async def test_a_silent_application_gets_everything_before_it_is_let_go() -> None:
+    async with open_link(server_options={"ping_seconds": 0.05}) as link:
+        near, far, tunnel, served = await link.pipe()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        served._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        size = 48 << 10
+        await near.send_all(bytes(size))
+        await near.send_eof()
+        with trio.fail_after(30):
+            while not served._stream.remote_ended:
+                await trio.sleep(0.01)
+        link.client.core.reset(tunnel._stream, h2.NO_ERROR)
+        link.client.touch()
+        with trio.fail_after(30):
+            while not link.servers[0]._leftovers.lingering:
+                await trio.sleep(0.01)
+            assert len(await _all(far)) == size
+            assert (await served.wait_closed()).error is None
+        assert not link.servers[0]._leftovers.lingering
+        tunnel.reset()
+
+
 async def test_everything_said_before_the_relay_starts_is_kept() -> None:
     """200, bytes, END_STREAM and a polite RST_STREAM, all before the client has a socket."""
     async with open_link() as link:
