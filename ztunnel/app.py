@@ -23,6 +23,7 @@ from typing import Any
 import trio
 
 from mesh import __version__, compiled
+from mesh.hbone.held import HeldBytes
 from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
@@ -48,6 +49,9 @@ from ztunnel.record import Journal
 from ztunnel.spans import end_span
 
 _log = log.get("app")
+
+# What stalled readers may hold: all that was granted, and the first windows of a thousand tunnels.
+_HELD_PER_WINDOW_BUDGET = 4
 
 
 async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
@@ -142,6 +146,7 @@ def _node(
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
         tracer=tracer,
         windows=WindowBudget(config.window_budget_bytes),
+        held=HeldBytes(_HELD_PER_WINDOW_BUDGET * config.window_budget_bytes),
     )
 
 

@@ -21,6 +21,7 @@ from mesh.hbone.head import (
     encode_request,
     parse_request,
 )
+from mesh.hbone.held import HeldBytes
 from mesh.hbone.leftovers import Leftovers
 from mesh.hbone.relay import SocketEnd
 from mesh.hbone.tunnel import Tunnel
@@ -66,10 +67,12 @@ class TunnelConnection(Wire):
         *,
         on_tunnel: Callable[[Tunnel], None] | None = None,
         budget: WindowBudget | None = None,
+        held: HeldBytes | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> None:
         super().__init__(reactor, session)
+        self.held = held
         self.peer = peer
         self._on_tunnel = on_tunnel
         self._ping_seconds = ping_seconds
@@ -103,6 +106,7 @@ class TunnelConnection(Wire):
         connect_timeout: float = 10.0,
         handshake_timeout: float = 10.0,
         budget: WindowBudget | None = None,
+        held: HeldBytes | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> TunnelConnection:
@@ -128,6 +132,7 @@ class TunnelConnection(Wire):
                 session,
                 verify(session.peer_certificate_der()),
                 budget=budget,
+                held=held,
                 ping_seconds=ping_seconds,
                 ping_timeout_seconds=ping_timeout_seconds,
             )
@@ -163,6 +168,7 @@ class TunnelConnection(Wire):
         on_tunnel: Callable[[Tunnel], None],
         handshake_timeout: float = 10.0,
         budget: WindowBudget | None = None,
+        held: HeldBytes | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> TunnelConnection:
@@ -184,6 +190,7 @@ class TunnelConnection(Wire):
                 verify(session.peer_certificate_der()),
                 on_tunnel=on_tunnel,
                 budget=budget,
+                held=held,
                 ping_seconds=ping_seconds,
                 ping_timeout_seconds=ping_timeout_seconds,
             )

@@ -32,6 +32,7 @@ _FRAMES = h2.FrameBuffer(READ_SIZE)
 _SCRATCH = memoryview(bytearray(READ_SIZE))
 _NO_WAIT = socket.MSG_DONTWAIT
 _MAX_VIEWS = 64
+TOO_MUCH_WAITS = "too much waits for those who do not read"
 _SIOCOUTQ, _SIOCINQ = 0x5411, 0x541B
 
 
@@ -72,6 +73,7 @@ class SocketEnd:
         "_discarding",
         "_events",
         "_fd",
+        "_held",
         "_pending",
         "_reactor",
         "_sink_ended",
@@ -89,6 +91,7 @@ class SocketEnd:
         self._reactor = reactor
         self._events = READABLE
         self._pending: bytearray | None = None
+        self._held = 0
         self._source_ended = False
         self._sink_ended = False
         self._discarding = False
@@ -165,6 +168,7 @@ class SocketEnd:
         if pending is not None:
             for view in views:
                 pending += view
+            self._hold(len(pending))
             return
         try:
             if len(views) == 1:
@@ -181,8 +185,16 @@ class SocketEnd:
         if sent < total:
             self._pending = _rest(views, sent)
             self._watch(self._events | WRITABLE)
+            self._hold(total - sent)
         if sent:
             self._tunnel.credit(sent)
+
+    def _hold(self, size: int) -> None:
+        """`size` bytes wait now; too many of them cut the tunnel."""
+        change, self._held = size - self._held, size
+        if change and not self._tunnel.hold(change):
+            self._abort()
+            self._tunnel.reset(h2.ENHANCE_YOUR_CALM, TOO_MUCH_WAITS)
 
     def on_writable(self) -> None:
         """Write what waits."""
@@ -198,6 +210,7 @@ class SocketEnd:
                 self._broken(exc)
                 return
             del pending[:sent]
+            self._hold(len(pending))
             if pending:
                 self._tunnel.lag()
             self._tunnel.credit(sent)
@@ -280,6 +293,7 @@ class SocketEnd:
         sock, self._sock = self._sock, None
         if sock is not None:
             self._pending = None
+            self._hold(0)
             self._reactor.forget(self._fd)
             reset_on_close(sock)
             sock.close()

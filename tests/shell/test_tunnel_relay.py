@@ -16,6 +16,8 @@ import trio
 
 from mesh.hbone.connection import Tunnel
 from mesh.hbone.head import ConnectHead
+from mesh.hbone.held import HeldBytes
+from mesh.hbone.relay import TOO_MUCH_WAITS
 from mesh.http import h2_frames as h2
 from mesh.http.h2_core import H2Core
 from tests.support.tunnels import Link, open_link, tcp_pair
@@ -260,6 +262,38 @@ async def test_many_stalled_readers_hold_little_and_block_nobody() -> None:
 
 def _held(streams: list[Any]) -> int:
     return sum(len(served._sink._pending or b"") for _, _, _, served in streams)
+
+
+async def test_what_stalled_readers_hold_together_is_bounded() -> None:
+    node = HeldBytes(1 << 20)
+    async with open_link(held=HeldBytes(whole=node)) as link:
+        streams = [await link.pipe() for _ in range(16)]
+        for _, far, _, served in streams:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            served._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+        async def flood(near: trio.SocketStream) -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while True:
+                    await near.send_all(bytes(1 << 16))
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for near, *_ in streams:
+                    nursery.start_soon(flood, near)
+                ends = [served for *_, served in streams]
+                while not any(served.is_closed for served in ends):
+                    await trio.sleep(0.01)
+                    assert node.used <= (1 << 20) + (1 << 18)
+                nursery.cancel_scope.cancel()
+        assert {served._error for served in ends if served.is_closed} == {TOO_MUCH_WAITS}
+        assert not all(served.is_closed for served in ends)
+        assert 0 < node.used <= (1 << 20) + (1 << 18)
+        for *_, tunnel, _ in streams:
+            tunnel.reset()
+        with trio.fail_after(30):
+            while node.used:
+                await trio.sleep(0.01)
 
 
 async def test_death_of_the_peer_resets_every_application() -> None:
