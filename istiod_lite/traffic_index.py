@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from istiod_lite import backends, bindings, guards, l7_policies, routes
+from istiod_lite import backends, bindings, guards, l7_policies, providers, routes
 from istiod_lite.bindings import Binding, Waypoint
 from istiod_lite.l7_policies import POLICY_KINDS, Policy
 from istiod_lite.relation import Relation
@@ -30,6 +30,7 @@ from mesh.cluster.gateways import (
 )
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
+from mesh.cluster.mesh_config import ConfigMap
 from mesh.cluster.objects import Metadata, Namespace, Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy, TargetRef
 from mesh.cluster.routes import ROUTE_KINDS, ROUTES, RouteView
@@ -121,6 +122,9 @@ class TrafficIndex:
                     *found,
                     *(self._parents_of(route for ref in found for route in self._backends.to(ref))),
                 ]
+            case ConfigMap():
+                asking = providers.who_asks(self._mesh, self._inventory, ref, old, new)
+                return [each for policy in asking for each in self._concerned(self.targets(policy))]
             case RouteView():
                 return self._set_route(ref, new if isinstance(new, RouteView) else None)
             case (
@@ -184,8 +188,11 @@ class TrafficIndex:
 
     def _set_targets(self, ref: Ref, refs: Iterable[TargetRef]) -> list[Ref]:
         targets = [target for each in refs if (target := self.target(ref, each)) is not None]
+        return self._concerned(self._targets.set(ref, targets))
+
+    def _concerned(self, targets: Iterable[Ref]) -> list[Ref]:
         found: list[Ref] = []
-        for target in self._targets.set(ref, targets):
+        for target in targets:
             match target.kind:
                 case "Service":
                     found.append(target)
@@ -373,7 +380,13 @@ class TrafficIndex:
 
     def _policy(self, ref: Ref) -> Policy:
         source = str(self._inventory.source(ref) or "")
-        return _translate(self._inventory.view(ref), ref, source, self._broken.get(ref, ""))
+        view = self._inventory.view(ref)
+        if isinstance(view, AuthorizationPolicy):
+            asked = providers.provider_of(self._mesh, self._inventory, view)
+            return l7_policies.translate(view, source, asked)
+        if isinstance(view, RequestAuthentication | RateLimitPolicy | RedactionPolicy):
+            return replace(view.policy, source=source)
+        return l7_policies.closed(ref, self._broken.get(ref, ""), source)
 
     def _policy_on_route(self, ref: Ref, view: RouteView) -> Policy:
         refs = getattr(self._inventory.view(ref), "target_refs", ())
@@ -432,13 +445,3 @@ def _namespace(name: str) -> Ref:
 def _manners(config: model.TrafficConfig | None) -> tuple[bool, bool] | None:
     """What a waypoint does alike for all its services."""
     return (config.shows_client_identity, config.explains_denials) if config else None
-
-
-def _translate(view: Metadata | None, ref: Ref, source: str, problem: str) -> Policy:
-    match view:
-        case AuthorizationPolicy():
-            return l7_policies.translate(view, source)
-        case RequestAuthentication() | RateLimitPolicy() | RedactionPolicy():
-            return replace(view.policy, source=source)
-        case _:
-            return l7_policies.closed(ref, problem, source)
