@@ -27,6 +27,7 @@ from functools import partial
 import trio
 
 import mesh
+from istiod_lite import providers
 from istiod_lite.ads import AdsService
 from istiod_lite.authority import Authority
 from istiod_lite.certificates import CertificateService
@@ -41,7 +42,6 @@ from istiod_lite.seat import Seat
 from istiod_lite.status_writer import StatusWriter
 from istiod_lite.waypoint_writer import FIELD_MANAGER, WaypointWriter
 from mesh import sockets
-from mesh.cluster import mesh_config
 from mesh.cluster.api import Cluster
 from mesh.cluster.open import open_cluster
 from mesh.cluster.validate import Finding
@@ -63,8 +63,7 @@ async def run(config: IstiodConfig, shutdown: lifecycle.Shutdown) -> None:
     cluster = open_cluster(
         config.cluster(),
         kinds=KINDS,
-        selectors={"ConfigMap": f"metadata.name={mesh_config.NAME}"},
-        homes={"ConfigMap": config.root_namespace},
+        **providers.scope(config.root_namespace),
         manager=FIELD_MANAGER,
         report=lambda event, fields: _log.info(event, **fields),
     )

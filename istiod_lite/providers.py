@@ -6,8 +6,9 @@ every request that the policy's rules match.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TypedDict
 
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Ref
@@ -16,6 +17,19 @@ from mesh.cluster.mesh_config import NAME, ConfigMap, mesh_config_ref
 from mesh.cluster.objects import Metadata
 from mesh.cluster.policies import AuthorizationPolicy
 from mesh.model.l7_policy import ExternalAuthorizer
+
+
+class Scope(TypedDict):
+    """See `KubernetesCluster`."""
+
+    selectors: Mapping[str, str]
+    homes: Mapping[str, str]
+
+
+def scope(root_namespace: str) -> Scope:
+    """Of all ConfigMaps only the one is watched."""
+    ref = mesh_config_ref(root_namespace)
+    return Scope(selectors={ref.kind: f"metadata.name={ref.name}"}, homes={ref.kind: ref.namespace})
 
 
 def provider_of(
