@@ -27,6 +27,7 @@ from functools import partial
 import trio
 
 import mesh
+from istiod_lite import providers
 from istiod_lite.ads import AdsService
 from istiod_lite.authority import Authority
 from istiod_lite.certificates import CertificateService
@@ -62,6 +63,7 @@ async def run(config: IstiodConfig, shutdown: lifecycle.Shutdown) -> None:
     cluster = open_cluster(
         config.cluster(),
         kinds=KINDS,
+        **providers.scope(config.root_namespace),
         manager=FIELD_MANAGER,
         report=lambda event, fields: _log.info(event, **fields),
     )

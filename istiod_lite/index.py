@@ -56,6 +56,7 @@ KINDS = (
     "WorkloadEntry",
     "AuthorizationPolicy",
     "PeerAuthentication",
+    "ConfigMap",
     *traffic_index.KINDS,
 )
 # In this order what was touched is derived: each may touch what comes after it.

@@ -33,12 +33,12 @@ Policy = (
 )
 
 
-def translate(policy: AuthorizationPolicy, source: str = "") -> model.L7Authorization:
-    """The waypoint's policy; `source` is where it is written."""
-    problem = ""
-    if policy.action == "CUSTOM":
-        named = policy.provider or "without a name"
-        problem = f"the external authorizer {named} is not known here"
+def translate(
+    policy: AuthorizationPolicy,
+    source: str = "",
+    provider: model.ExternalAuthorizer | None = None,
+) -> model.L7Authorization:
+    """The waypoint's policy; `source` is where it is written, `provider` whom a CUSTOM one asks."""
     return model.L7Authorization(
         namespace=policy.namespace,
         name=policy.name,
@@ -52,8 +52,8 @@ def translate(policy: AuthorizationPolicy, source: str = "") -> model.L7Authoriz
             for rule in policy.rules
         ),
         is_dry_run=policy.annotations.get(DRY_RUN, "").lower() == "true",
+        provider=provider if policy.action == "CUSTOM" else None,
         source=source,
-        problem=problem,
     )
 
 

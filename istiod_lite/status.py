@@ -24,12 +24,14 @@ from istiod_lite.conditions import (
 )
 from istiod_lite.features import FEATURES
 from istiod_lite.index import ClusterIndex
+from istiod_lite.providers import provider_of
 from istiod_lite.routes import Attachment
 from istiod_lite.subscriptions import Share
 from mesh.cluster.api import Ref
 from mesh.cluster.entries import ServiceEntry
 from mesh.cluster.gateways import WAYPOINT_CONTROLLER, Gateway, GatewayClass, XMesh
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
+from mesh.cluster.mesh_config import mesh_config_ref
 from mesh.cluster.objects import Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy
 from mesh.cluster.routes import ROUTES, ParentRef, RouteView
@@ -38,6 +40,7 @@ from mesh.xds.translate import AUTHORIZATION_TYPE, TRAFFIC_TYPE
 #: How many proxies hold all of these resources: type, names, account (empty for any).
 Shares = Callable[[str, Collection[str], str], Share]
 
+UNKNOWN_PROVIDER = "UnknownProvider"
 _ON_SERVICES = frozenset((WAYPOINT_BOUND, WAYPOINT_REQUIRED))
 _L7 = (AuthorizationPolicy, RequestAuthentication, RateLimitPolicy, RedactionPolicy)
 
@@ -301,6 +304,7 @@ def _at_ztunnel(index: ClusterIndex, ref: Ref, shares: Shares) -> Condition:
 def _at_waypoints(index: ClusterIndex, ref: Ref, asked: int, shares: Shares) -> Condition:
     problems: list[tuple[str, str]] = []
     targets = index.traffic.targets(ref)
+    problems += _provider_problem(index, ref)
     if len(targets) < asked:
         problems.append(("TargetNotFound", "it cannot be attached to all that it names"))
     keys: list[str] = []
@@ -317,7 +321,7 @@ def _at_waypoints(index: ClusterIndex, ref: Ref, asked: int, shares: Shares) -> 
         held, total = held + share.held, total + share.total
     message = _applied(Share(held, total), "waypoint proxies")
     told = "; ".join(text for _, text in problems)
-    if problems and not keys:
+    if problems and (not keys or problems[0][0] == UNKNOWN_PROVIDER):
         return Condition(WAYPOINT_ACCEPTED, "False", problems[0][0], told)
     if not 0 < total == held:
         text = f"{told}; {message}" if told else message
@@ -325,6 +329,23 @@ def _at_waypoints(index: ClusterIndex, ref: Ref, asked: int, shares: Shares) -> 
     if problems:
         return Condition(WAYPOINT_ACCEPTED, "True", "PartiallyInvalid", f"{told}; {message}")
     return Condition(WAYPOINT_ACCEPTED, "True", "Accepted", message)
+
+
+def _provider_problem(index: ClusterIndex, ref: Ref) -> list[tuple[str, str]]:
+    """What is wrong with whom a CUSTOM policy asks."""
+    view = index.inventory.view(ref)
+    if not isinstance(view, AuthorizationPolicy):
+        return []
+    provider = provider_of(index.mesh, index.inventory, view)
+    if provider is None:
+        return []
+    config = mesh_config_ref(index.mesh.root_namespace)
+    error = index.errors(config)
+    unread = f"{config} cannot be read, the state before stays in force: {error}" if error else ""
+    if provider.problem:
+        said = f"{provider.problem}: requests that its rules match are denied"
+        return [(UNKNOWN_PROVIDER, "; ".join(each for each in (said, unread) if each))]
+    return [("ProviderUnchanged", unread)] if unread else []
 
 
 def _keys(index: ClusterIndex, target: Ref) -> tuple[list[str], list[tuple[str, str]]]:

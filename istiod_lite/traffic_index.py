@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from istiod_lite import attachment, backends, bindings, guards, l7_policies, routes
+from istiod_lite import attachment, backends, bindings, guards, l7_policies, providers, routes
 from istiod_lite.bindings import Binding, Waypoint
 from istiod_lite.l7_policies import POLICY_KINDS, Policy
 from istiod_lite.relation import Relation
@@ -29,13 +29,13 @@ from mesh.cluster.gateways import (
 )
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
+from mesh.cluster.mesh_config import ConfigMap
 from mesh.cluster.objects import Metadata, Namespace, Pod, Service
 from mesh.cluster.policies import AuthorizationPolicy, TargetRef
 from mesh.cluster.routes import ROUTE_KINDS, ROUTES, RouteView
 from mesh.cluster.traffic_policies import DestinationRule, XBackendTrafficPolicy
 from mesh.model import l7_policy as model
 from mesh.model.authorization import Authorization
-from mesh.model.route import Route
 from mesh.model.workload import GatewayAddress
 
 KINDS = (
@@ -47,8 +47,6 @@ KINDS = (
     "XMesh",
     "ReferenceGrant",
 )
-SHOWS_IDENTITY = "ambient.istio.io/xfcc-include-client-identity"
-EXPLAINS = "ambit.dev/explain-denials"
 
 
 class TrafficIndex:
@@ -126,6 +124,9 @@ class TrafficIndex:
                     *found,
                     *(self._parents_of(route for ref in found for route in self._backends.to(ref))),
                 ]
+            case ConfigMap():
+                asking = providers.who_asks(self._mesh, self._inventory, ref, old, new)
+                return [each for policy in asking for each in self._concerned(self.targets(policy))]
             case RouteView():
                 return self._set_route(ref, new if isinstance(new, RouteView) else None)
             case (
@@ -190,8 +191,11 @@ class TrafficIndex:
 
     def _set_targets(self, ref: Ref, refs: Iterable[TargetRef]) -> list[Ref]:
         targets = [target for each in refs if (target := self.target(ref, each)) is not None]
+        return self._concerned(self._targets.set(ref, targets))
+
+    def _concerned(self, targets: Iterable[Ref]) -> list[Ref]:
         found: list[Ref] = []
-        for target in self._targets.set(ref, targets):
+        for target in targets:
             match target.kind:
                 case "Service" | "ServiceEntry":
                     found.append(target)
@@ -223,7 +227,7 @@ class TrafficIndex:
         old, before = self.waypoints.get(ref), self.configs.get(_name(ref))
         new = bindings.waypoint_of(gateway, gateway_class, has_ready_pod=has_ready_pod)
         self.waypoints[ref] = new
-        config = self._config(gateway, "", self._policies_on_gateway(gateway), ())
+        config = attachment.config_of(gateway, "", self._policies_on_gateway(gateway), ())
         self._keep(config)
         return self._users_if(old != new or _manners(before) != _manners(config), ref)
 
@@ -252,7 +256,7 @@ class TrafficIndex:
         if binding.is_served and gateway is not None:
             key = self._mesh.service_key(ref.namespace, ref.name)
             config = replace(
-                self._config(gateway, key, attached, outcome.routes),
+                attachment.config_of(gateway, key, attached, outcome.routes),
                 backend=backends.settings_of(self._mesh, service, self._inventory),
                 backends=backends.of_routes(self._mesh, outcome.routes, self._inventory),
             )
@@ -277,7 +281,7 @@ class TrafficIndex:
         keys: list[str] = []
         if gateway is not None:  # and the binding is served
             for host in hosts:
-                config = self._config(gateway, f"{entry.namespace}/{host}", attached, ())
+                config = attachment.config_of(gateway, f"{entry.namespace}/{host}", attached, ())
                 self._keep(config)
                 keys.append(config.key)
         for key in self._entry_keys.pop(entry.ref, ()):
@@ -386,35 +390,17 @@ class TrafficIndex:
 
     def _policy(self, ref: Ref) -> Policy:
         source = str(self._inventory.source(ref) or "")
-        return attachment.translated(
-            self._inventory.view(ref), ref, source, self._broken.get(ref, "")
-        )
+        view = self._inventory.view(ref)
+        problem = self._broken.get(ref, "")
+        if isinstance(view, AuthorizationPolicy):
+            asked = providers.provider_of(self._mesh, self._inventory, view)
+            return attachment.translated(view, ref, source, problem, asked)
+        return attachment.translated(view, ref, source, problem)
 
     def _policy_on_route(self, ref: Ref, view: RouteView) -> Policy:
         refs = getattr(self._inventory.view(ref), "target_refs", ())
         sections = {each.section for each in refs if self.target(ref, each) == view.ref}
         return l7_policies.narrowed(self._policy(ref), view, sections or {""})
-
-    def _config(
-        self,
-        gateway: Gateway,
-        service: str,
-        policies: Iterable[Policy],
-        found: tuple[Route, ...],
-    ) -> model.TrafficConfig:
-        listed = list(policies)
-        annotations = gateway.annotations
-        return model.TrafficConfig(
-            gateway=_name(gateway.ref),
-            service=service,
-            routes=found,
-            authorizations=tuple(p for p in listed if isinstance(p, model.L7Authorization)),
-            authentications=tuple(p for p in listed if isinstance(p, model.RequestAuthentication)),
-            rate_limits=tuple(p for p in listed if isinstance(p, model.RateLimitPolicy)),
-            redactions=tuple(p for p in listed if isinstance(p, model.RedactionPolicy)),
-            shows_client_identity=annotations.get(SHOWS_IDENTITY, "").lower() == "true",
-            explains_denials=annotations.get(EXPLAINS, "").lower() == "true",
-        )
 
     def has_changed(self) -> bool:
         """Whether `configs` changed since this was asked last."""

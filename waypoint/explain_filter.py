@@ -42,8 +42,7 @@ def explain_filter(each: Filter, request: Request) -> tuple[Step, Respond | None
                 each, "not asked", reason=f"{each.where} counts, and nothing is taken"
             ), None
         case ExternalAuthorization():
-            reason = "its authorizers would be asked where a rule matches"
-            return _step(each, "not asked", reason=reason), None
+            return _authorizers(each, request), None
         case _:
             return _step(each, "not asked", reason="a custom filter decides by itself"), None
     if isinstance(verdict, Wait):
@@ -63,6 +62,20 @@ def explain_filter(each: Filter, request: Request) -> tuple[Step, Respond | None
         case RedactionFilter():
             _add_redactions(step, each, request)
     return step, None
+
+
+def _authorizers(each: ExternalAuthorization, request: Request) -> Step:
+    """Whom it would ask; nobody is."""
+    found = each.would_ask(request)
+    listed = [
+        {"policy": policy, "rule": rule, "provider": provider} for policy, rule, provider in found
+    ]
+    if not found:
+        return _step(each, "passes", reason="no rule of its policies matches", asks=listed)
+    policy, rule, _ = found[0]
+    names = ", ".join(dict.fromkeys(provider for _, _, provider in found))
+    reason = f"the external authorizer {names} would be asked"
+    return _step(each, "not asked", policy=policy, rule=rule, reason=reason, asks=listed)
 
 
 def _step(each: Filter, outcome: str, **facts: object) -> Step:

@@ -12,6 +12,7 @@ from mesh.errors import Refusal, RemoteProtocolError
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime.http_metrics import HttpMetrics, Series
+from waypoint.filters.chain import LOGGED
 from waypoint.filters.redact.audit import AuditLog
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def _fields(
         found["policy"] = exchange.policy
     if exchange.rule_name:
         found["rule"] = exchange.rule_name
+    logged = request.notes.get(LOGGED)
+    if logged is not None:
+        found |= logged
     report = request.notes.get("redaction report")
     if report is not None:
         found |= _redactions(report)

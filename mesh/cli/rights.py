@@ -18,6 +18,7 @@ from mesh.cli.values import (
     metadata_of,
 )
 from mesh.cluster.api import Object
+from mesh.cluster.mesh_config import NAME as MESH_CONFIG
 
 _ROUTES = ("httproutes", "grpcroutes", "tcproutes", "tlsroutes")
 _READ = ("get", "list", "watch")
@@ -106,6 +107,8 @@ def controller_rights(values: Values) -> list[Object]:
         # Names of what is created by POST cannot be told apart.
         _rule("", ("secrets",), ("create",)),
         _rule("", ("secrets",), ("get", "update"), CA_SECRET),
+        # MeshConfig, for the external authorizers that it names.
+        _rule("", ("configmaps",), ("list", "watch"), MESH_CONFIG),
         _rule("coordination.k8s.io", ("leases",), ("create",)),
         _rule("coordination.k8s.io", ("leases",), ("get", "update"), LEASE),
     ]

@@ -130,11 +130,15 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Positions (1-based) of one value and of what is inside it, as a YAML parser saw them."""
+    """Positions (1-based) of one value and of what is inside it, as a YAML parser saw them.
+
+    `block_indent` is how far the lines of a literal block stand in, -1 for any other value.
+    """
 
     line: int
     column: int
     children: Mapping[str, Marks] | Sequence[Marks] = ()
+    block_indent: int = -1
 
     def find(self, path: Sequence[str | int]) -> Marks:
         """The marks of a field, or of its closest ancestor that is written down."""
@@ -305,10 +309,18 @@ def group_of(kind: str) -> str:
 
 
 def located(error: ConfigError, source: Source | None) -> ConfigError:
-    """The same error with file, line and column of the field it speaks of."""
+    """The same error with file, line and column of the field it speaks of.
+
+    One that has a line already speaks of text within that field.
+    """
     if source is None or error.file:
         return error
     place = source.at(error.field)
+    if error.line and source.marks is not None:
+        marks = source.marks.find(split_path(error.field))
+        if marks.block_indent >= 0:
+            column = error.column + marks.block_indent if error.column else 0
+            place = Source(source.file, marks.line + error.line, column)
     return ConfigError(
         error.message,
         file=place.file,

@@ -70,6 +70,16 @@ def read_documents(
     return _documents([(value, places)] if value is not None else [], file, complain)
 
 
+def read_text(text: str) -> tuple[Any, Marks | None]:
+    """The one value of YAML text that is itself a value, and its marks within the text; None if
+    there is nothing. Raises ConfigError with line and column within the text.
+    """
+    found = _parse_yaml(text, "")
+    if len(found) > 1:
+        raise ConfigError("more than one document", line=found[1][1].line)
+    return found[0] if found else (None, None)
+
+
 def _documents(
     values: Iterable[tuple[Any, Marks | None]],
     file: str,
@@ -154,7 +164,7 @@ def _json_marks(text: str, file: str) -> Marks | None:
 
 def _parse_yaml(text: str, file: str) -> list[tuple[Any, Marks]]:
     try:
-        return _Builder(file).build(yaml.CSafeLoader(text))
+        return _Builder(file, text).build(yaml.CSafeLoader(text))
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         message = " ".join(part for part in (exc.context, exc.problem) if part)
@@ -184,8 +194,9 @@ class _Open:
 class _Builder:
     """Events of libyaml -> values and their marks, for one file."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, text: str) -> None:
         self._file = file
+        self._text = text
         self._stack: list[_Open] = []
         self._found: list[tuple[Any, Marks]] = []
 
@@ -252,7 +263,13 @@ class _Builder:
             top.key, top.key_mark = event.value, (line, column)
             return
         value = self._resolve(event) if event.implicit[0] else event.value
-        self._add(value, Marks(line, column))
+        indent = self._indent(event) if event.style == "|" else -1
+        self._add(value, Marks(line, column, block_indent=indent))
+
+    def _indent(self, event: Any) -> int:
+        """How far the lines of a literal block are indented, by its first line that has text."""
+        lines = self._text[event.start_mark.index : event.end_mark.index].split("\n")[1:]
+        return next((len(each) - len(each.lstrip(" ")) for each in lines if each.strip()), 0)
 
     def _resolve(self, event: Any) -> Any:
         text: str = event.value

@@ -22,6 +22,7 @@ from mesh.cluster.l7_policies import (
     parse_redaction_policy,
     parse_request_authentication,
 )
+from mesh.cluster.mesh_config import parse_config_map
 from mesh.cluster.network_policies import parse_network_policy
 from mesh.cluster.objects import (
     Metadata,
@@ -49,6 +50,7 @@ PARSERS: Mapping[str, Parser] = {
     "Namespace": parse_namespace,
     "Node": parse_node,
     "Pod": parse_pod,
+    "ConfigMap": parse_config_map,
     "Service": parse_service,
     "ServiceAccount": parse_service_account,
     "EndpointSlice": parse_endpoint_slice,

@@ -41,6 +41,7 @@ class KubernetesCluster:
     """See the module. `kinds` are watched when none are named.
 
     `selectors` narrows what is watched, by kind: {"Pod": "spec.nodeName=n1"} (field selectors).
+    `homes` narrows it to one namespace, by kind, so that rights there are enough.
     `manager` owns the fields that we apply. `silence_seconds` bounds how long a watch may say
     nothing before it is opened anew.
     """
@@ -51,6 +52,7 @@ class KubernetesCluster:
         *,
         kinds: Sequence[str] = (),
         selectors: Mapping[str, str] | None = None,
+        homes: Mapping[str, str] | None = None,
         manager: str = FIELD_MANAGER,
         report: Report = lambda _event, _fields: None,
         silence_seconds: float = _SILENCE_SECONDS,
@@ -58,6 +60,7 @@ class KubernetesCluster:
         self._server = ApiServer(access)
         self._kinds = tuple(kinds)
         self._selectors = dict(selectors or {})
+        self._homes = dict(homes or {})
         self._manager = manager
         self._report = report
         self._silence = silence_seconds
@@ -263,7 +266,8 @@ class KubernetesCluster:
             query.append(("limit", str(limit)))
         if token:
             query.append(("continue", token))
-        answer = await self._server.call("GET", resource.path(), query=query, seconds=_LIST_SECONDS)
+        path = resource.path(self._homes.get(resource.kind, ""))
+        answer = await self._server.call("GET", path, query=query, seconds=_LIST_SECONDS)
         items = answer.get("items") or []
         token = (answer.get("metadata") or {}).get("continue") or ""
         if not isinstance(items, list) or not isinstance(token, str):
@@ -282,7 +286,8 @@ class KubernetesCluster:
             ("resourceVersion", version),
             ("timeoutSeconds", str(self._rng.randint(*_WATCH_SECONDS))),
         ]
-        async with self._server.open_stream(resource.path(), query, self._silence) as batches:
+        path = resource.path(self._homes.get(resource.kind, ""))
+        async with self._server.open_stream(path, query, self._silence) as batches:
             yield batches
 
     def _selection(self, resource: Resource) -> list[tuple[str, str]]:

@@ -50,6 +50,7 @@ def open_cluster(
     *,
     kinds: Sequence[str] = (),
     selectors: Mapping[str, str] | None = None,
+    homes: Mapping[str, str] | None = None,
     manager: str,
     report: Report,
 ) -> Cluster:
@@ -63,6 +64,7 @@ def open_cluster(
         Access(choice.kubeconfig, choice.context or None),
         kinds=kinds,
         selectors=selectors,
+        homes=homes,
         manager=manager,
         report=report,
     )

@@ -117,7 +117,7 @@ def _outlier(outlier: Reader, ignored: list[str]) -> OutlierDetection:
     _ignore(outlier, names, ignored)
     old = outlier.get("consecutiveErrors")
     gateway = outlier.get("consecutiveGatewayErrors")
-    base = _duration(outlier.get("baseEjectionTime"))
+    base = read_istio_duration(outlier.get("baseEjectionTime"))
     return OutlierDetection(
         consecutive_errors=_count(gateway if gateway.exists else old),
         consecutive_5xx=_count(outlier.get("consecutive5xxErrors"), 5),
@@ -151,8 +151,8 @@ def _limits(policy: Reader, ignored: list[str]) -> ConnectionLimits:
         ),
         max_retries=0 if budget.exists else _count(http.get("maxRetries")),
         max_requests_per_connection=_count(http.get("maxRequestsPerConnection")),
-        connect_seconds=_duration(tcp.get("connectTimeout")) or 0.0,
-        idle_seconds=_duration(http.get("idleTimeout")) or 0.0,
+        connect_seconds=read_istio_duration(tcp.get("connectTimeout")) or 0.0,
+        idle_seconds=read_istio_duration(http.get("idleTimeout")) or 0.0,
     )
 
 
@@ -185,7 +185,7 @@ def _hash(hashed: Reader, ignored: list[str]) -> LoadBalancing:
             "CONSISTENT_HASH",
             f"cookie:{cookie.get('name').name()}",
             cookie.get("path").text("/"),
-            _duration(cookie.get("ttl")),
+            read_istio_duration(cookie.get("ttl")),
             min(size, 65536),
         )
     if hashed.get("httpHeaderName").exists:
@@ -231,7 +231,7 @@ def _interval(interval: Reader, default: float) -> float:
     return default if found is None else found
 
 
-def _duration(duration: Reader) -> float | None:
+def read_istio_duration(duration: Reader) -> float | None:
     """A duration as Istio writes it (1h, 1.5s, 100ms) in seconds, None if absent."""
     text = duration.text()
     if not text:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mesh.cluster.api import Object, Ref, Source, ref_of
 from mesh.cluster.fields import Reader
@@ -19,6 +19,7 @@ from mesh.cluster.inventory import Inventory
 from mesh.cluster.objects import Namespace, Pod, Service, ServiceAccount, is_selected, parse_pod
 from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication
 from mesh.cluster.shapes import unknown_fields
+from mesh.cluster.validate_authorizers import odd_authorizers
 from mesh.cluster.validate_pods import odd_pods
 from mesh.cluster.validate_policies import idle_rules
 from mesh.cluster.validate_traffic import odd_traffic
@@ -115,7 +116,10 @@ def check(
             elif ref.kind in TEMPLATES:
                 checked.pods.append(_templated(ref, obj))
         except ConfigError as exc:
-            findings.append(Finding(Severity.ERROR, exc.message, ref, exc.field, source, exc.hint))
+            found = finding_of(exc, ref)
+            if source is None or found.source in (None, source.at(exc.field)):
+                found = replace(found, source=source)
+            findings.append(found)
     findings.extend(_relate(checked, places))
     return findings
 
@@ -155,6 +159,7 @@ def _relate(checked: _Set, places: Mapping[Ref, Source | None]) -> Iterator[Find
         _odd_services(checked),
         _odd_policies(checked),
         odd_traffic(inventory, checked.pods),
+        odd_authorizers(inventory, checked.root_namespace),
         odd_pods(inventory, checked.pods),
     ):
         for ref, path, message, hint in each:

@@ -71,7 +71,9 @@ class L7Rule:
 
 @dataclass(frozen=True, slots=True)
 class ExternalAuthorizer:
-    """A CUSTOM provider: ext_authz over gRPC or HTTP. `service` is `namespace/hostname`."""
+    """A CUSTOM provider: ext_authz over gRPC or HTTP. `service` is `namespace/hostname`; names of
+    headers have the syntax of policies' strings. `problem`: it cannot be asked, and denies.
+    """
 
     name: str
     protocol: Literal["grpc", "http"]
@@ -86,6 +88,10 @@ class ExternalAuthorizer:
     downstream_headers_on_deny: tuple[str, ...] = ()
     max_body_bytes: int = 0
     allows_partial_body: bool = False
+    packs_body_as_bytes: bool = False
+    additional_headers: tuple[tuple[str, str], ...] = ()
+    downstream_headers_on_allow: tuple[str, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import pytest
 import trio
 import yaml
 
+from istiod_lite import providers
 from istiod_lite.index import KINDS
 from mesh.cli import definitions, values
 from mesh.cluster.api import Ref
@@ -130,9 +131,15 @@ def test_kubectl_prints_our_columns(installed: KubeServer) -> None:
 
 
 async def test_the_controllers_rights_are_enough_and_no_more(installed: KubeServer) -> None:
-    cluster = as_account(installed, "istiod")
+    cluster = as_account(installed, "istiod", **providers.scope(HOME))
+    config = Ref("ConfigMap", HOME, "istio")
+    text = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"mesh": "{}"}}
+    for name, home in (("istio", HOME), ("other", HOME), ("istio", "demo")):
+        installed.apply(text | {"metadata": {"name": name, "namespace": home}})
     async with watched(cluster, *KINDS) as watch:
         assert watch.faults == []
+        assert [each for each in watch.objects if each.kind == "ConfigMap"] == [config]
+    installed.delete(text | {"metadata": {"name": "istio", "namespace": HOME}})
     name = values.ROOT_CERTIFICATE
     root = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"root-cert.pem": "x"}}
     await cluster.apply({**root, "metadata": {"name": name, "namespace": "demo"}})

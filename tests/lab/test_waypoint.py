@@ -247,6 +247,96 @@ def test_policy_and_limits(lab: TestLab, apply: Callable[..., None]) -> None:
     eventually(limited)
 
 
+PROVIDER = """
+extensionProviders:
+- name: judge
+  envoyExtAuthzHttp:
+    service: judge.shop.svc.cluster.local
+    port: 8000
+    timeout: 20s
+    pathPrefix: /check
+    failOpen: %s
+    includeRequestHeadersInCheck: [x-ask]
+    headersToUpstreamOnAllow: [x-user]
+"""
+
+
+def _name_providers(lab: TestLab, text: str) -> None:
+    metadata = {"name": "istio", "namespace": "istio-system"}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
+    lab.client.apply({**config, "data": {"mesh": text}})
+
+
+def _condition(lab: TestLab, policy: str) -> dict[str, str]:
+    (found,) = lab.client.get("AuthorizationPolicy", "shop", policy)
+    told = found.get("status", {}).get("conditions", ())
+    return next((each for each in told if each["type"] == "WaypointAccepted"), {})
+
+
+def test_an_external_authorizer_is_asked(lab: TestLab, apply: Callable[..., None]) -> None:
+    rule = {"to": [{"operation": {"paths": ["/judged/*"]}}]}
+    spec = {"action": "CUSTOM", "provider": {"name": "judge"}, "rules": [rule]}
+    apply("AuthorizationPolicy", "asked", {"targetRefs": [API], **spec})
+
+    def unknown() -> None:
+        assert ask(lab, "/judged/a", x_ask="please")[0][:2] == (403, "RBAC: access denied")
+        assert _condition(lab, "asked").get("reason") == "UnknownProvider"
+
+    eventually(unknown)
+    assert ask(lab, "/free")[0][0] == 200
+    try:
+        _name_providers(lab, PROVIDER % "false")
+
+        def allowed() -> None:
+            status, body, _ = ask(lab, "/judged/a", x_ask="please", x_user="root")[0]
+            assert status == 200
+            assert json.loads(body)["user"] == "please /check/judged/a"
+            assert _condition(lab, "asked").get("status") == "True"
+
+        eventually(allowed)
+        assert ask(lab, "/judged/a", x_ask="now")[0][:2] == (403, "judged")
+        told = ambit(lab, "explain", "shop/web", "svc/api.shop:80", "--path", "/judged/a")
+        assert "the external authorizer judge would be asked" in told.stdout, told
+        assert "shop/asked" in told.stdout
+        log = [each for pod in _waypoints(lab, 1) for each in _logged(lab, pod, "/judged/a")]
+        assert "shop/asked judge allowed" in [each.get("ext_authz") for each in log]
+        assert [each["policy"] for each in log if "judge denies" in each.get("error", "")]
+
+        # What cannot be read leaves what was, and says so.
+        _name_providers(lab, "extensionProviders: [")
+
+        def unread() -> None:
+            assert "not YAML" in _condition(lab, "asked").get("message", "")
+
+        eventually(unread)
+        assert ask(lab, "/judged/a", x_ask="please")[0][0] == 200
+
+        _name_providers(lab, PROVIDER % "false")
+        lab.client.delete("Pod", "shop", "judge")
+
+        def closed() -> None:
+            told = ask(lab, "/judged/a", x_ask="please")[0]
+            assert told[:2] == (403, "RBAC: access denied")
+
+        eventually(closed)
+        _name_providers(lab, PROVIDER % "true")
+
+        def opened() -> None:
+            status, body, _ = ask(lab, "/judged/a", x_user="root")[0]
+            assert status == 200
+            assert not json.loads(body)["user"]
+
+        eventually(opened)
+    finally:
+        lab.client.delete("ConfigMap", "istio-system", "istio")
+
+
+def _logged(lab: TestLab, pod: str, path: str) -> list[dict[str, Any]]:
+    lines = b"".join(lab.client.logs(pod=("shop", pod))).splitlines()
+    found = [json.loads(each) for each in lines if b"request complete" in each]
+    return [each for each in found if each["path"] == path]
+
+
 def _refused(lab: TestLab, ip: str) -> None:
     said = lab.client.run("shop", "web", ["curl", "-s", "-m", "5", f"http://{ip}:8080/"])
     assert said.code != 0

@@ -82,9 +82,9 @@ def put_pod(kube: KubeServer, obj: dict[str, Any], ip: str) -> dict[str, Any]:
     return made
 
 
-def as_account(kube: KubeServer, account: str) -> KubernetesCluster:
+def as_account(kube: KubeServer, account: str, **narrowed: Any) -> KubernetesCluster:
     token = kube.token(HOME, account, None)
-    return KubernetesCluster(kube.access(token, account))
+    return KubernetesCluster(kube.access(token, account), **narrowed)
 
 
 class Daemon:

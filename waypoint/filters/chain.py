@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from mypy_extensions import mypyc_attr
 
@@ -27,6 +27,12 @@ FRAMING = frozenset(
      b"te", b"upgrade", b"host"}
 )  # fmt: skip
 """Names that configuration never sets: they say where a message ends, or who is asked for it."""
+
+
+LOGGED: Final = "log.fields"
+"""The note under which filters leave fields for the access log: a dict of text by name. Nothing
+that a caller says is written there.
+"""
 
 
 class Headers:

@@ -6,9 +6,10 @@ silence or no endpoint is an error and denies unless the provider fails open; wh
 authorizer's denial and answers the caller, within bounds.
 
 The question is the request's head without its body: Host, method, path, Authorization and the
-fields that the provider names. Of an answer only end-to-end fields are taken, never those that
-frame a message or name the caller. Providers over gRPC and those that want a body are not asked
-here: `waypoint.filters.authorize` denies what their policies match.
+fields that the provider names; names have the syntax of policies' strings. Of an answer only
+end-to-end fields are taken, never those that frame a message or name the caller. Providers over
+gRPC and those that want a body are not asked here: `waypoint.filters.authorize` denies what their
+policies match.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mesh.model.l7_policy import ExternalAuthorizer, L7Authorization
 from waypoint.filters.authorize import GRPC_PERMISSION_DENIED, compile_policy, is_asked
 from waypoint.filters.chain import (
     FRAMING,
+    LOGGED,
     Headers,
     Pair,
     PassingFilter,
@@ -31,12 +33,16 @@ from waypoint.filters.chain import (
     Verdict,
     Wait,
 )
+from waypoint.filters.strings import Matches, any_of
 
 MAX_FIELDS: Final = 32
 _NEVER_TAKEN: Final = FRAMING | {
     b"trailer", b"keep-alive", b"proxy-authenticate", b"x-forwarded-client-cert",
 }  # fmt: skip
+_TOLD: Final = "ext_authz.told"
 _ALWAYS_TOLD: Final = frozenset({b"location", b"www-authenticate", b"content-type"})
+# The caller's own word to the callee, unless the authorizer says another.
+_CALLERS: Final = frozenset({b"authorization"})
 
 Ask = Callable[[Any, ExternalAuthorizer, Request], Awaitable[tuple[Response, bytes]]]
 """The shell: (what the exchange runs in, whom, the question) -> the answer. Raises Unavailable."""
@@ -62,7 +68,17 @@ class ExternalAuthorization(PassingFilter):
             for each in policies
             if is_asked(each) and each.provider is not None
         ]
+        self.asked = tuple((policy.key, provider.name) for provider, policy in self._policies)
+        """The policies, `namespace/name`, and whom each asks."""
         self._ask = ask
+
+    def would_ask(self, request: Request) -> list[tuple[str, str, str]]:
+        """The policy, the rule and the provider's name of each question that a request raises."""
+        return [
+            (policy.key, rule or "", provider.name)
+            for provider, policy in self._policies
+            if policy.problem or (rule := policy.match(request)) is not None
+        ]
 
     def on_request(self, request: Request) -> Verdict:
         """Wait for the authorizers, if a rule matches; deny what cannot be judged."""
@@ -79,6 +95,8 @@ class ExternalAuthorization(PassingFilter):
         place = request.notes.pop(PLACE)
         for each in found:
             provider = each.provider
+            if provider.problem:
+                return _denial(provider.status_on_error, each.policy, each.rule, provider.problem)
             try:
                 response, body = await self._ask(place, provider, question(provider, request))
                 if response.status >= 500:
@@ -87,20 +105,36 @@ class ExternalAuthorization(PassingFilter):
                 if provider.is_fail_open:
                     # What the caller says under its names is no more the authorizer's word now.
                     take(provider, Response(status=200), request)
+                    _note(request, each, "failed open")
                     continue
                 said = f"the external authorizer {provider.name} cannot be asked: {error}"
                 return _denial(provider.status_on_error, each.policy, each.rule, said)
             if response.status != 200:
                 return denied(each.provider, response, body, each.policy, each.rule)
             take(provider, response, request)
+            _note(request, each, "allowed")
+        return None
+
+    def on_response(self, request: Request, response: Response) -> Respond | None:
+        """Tell the caller what the authorizers that allowed it wanted told."""
+        for name, value in request.notes.get(_TOLD, ()):
+            response.headers.add(name, value)
         return None
 
 
 def question(provider: ExternalAuthorizer, request: Request) -> Request:
     """What the authorizer is asked about `request`."""
-    wanted = {each.lower().encode() for each in provider.request_headers}
-    wanted = (wanted | {b"authorization"}) - FRAMING
-    pairs = [pair for pair in request.headers.pairs if pair[0] in wanted]
+    is_wanted = _names(provider.request_headers)
+    pairs = [
+        pair
+        for pair in request.headers.pairs
+        if pair[0] not in FRAMING and (pair[0] == b"authorization" or is_wanted(pair[0]))
+    ]
+    for name, value in provider.additional_headers:
+        key = name.encode()
+        if key not in FRAMING:
+            pairs = [pair for pair in pairs if pair[0] != key]
+            pairs.append((key, value.encode()))
     return Request(
         method=request.method, scheme=request.scheme, authority=request.authority,
         path=provider.path_prefix.encode() + request.path, query=request.query,
@@ -112,32 +146,51 @@ def take(provider: ExternalAuthorizer, response: Response, request: Request) -> 
     """Set the fields of an allowing answer that the provider may set. A caller's own field of such
     a name goes even if the answer has none: it would pass for the authorizer's word.
     """
-    for name in provider.upstream_headers_on_allow:
-        key = name.lower().encode()
-        if key in _NEVER_TAKEN or key[:1] == b":":
-            continue
-        values = response.headers.get_all(key)[:MAX_FIELDS]
-        if values or key != b"authorization":
-            request.headers.remove(key)
-        for value in values:
+    if provider.upstream_headers_on_allow:
+        is_taken = _names(provider.upstream_headers_on_allow)
+        # `*` is whatever the authorizer says, and no claim to every field of the caller's.
+        is_its = _names(tuple(each for each in provider.upstream_headers_on_allow if each != "*"))
+        said = [pair for pair in response.headers.pairs if _may_say(pair[0]) and is_taken(pair[0])]
+        names = {key for key, _ in said}
+        for key in {key for key, _ in request.headers.pairs}:
+            if key in names or (is_its(key) and _may_say(key) and key not in _CALLERS):
+                request.headers.remove(key)
+        for key, value in said[:MAX_FIELDS]:
             request.headers.add(key, value)
+    if provider.downstream_headers_on_allow:
+        is_told = _names(provider.downstream_headers_on_allow)
+        told = [pair for pair in response.headers.pairs if _may_say(pair[0]) and is_told(pair[0])]
+        request.notes.setdefault(_TOLD, []).extend(told[:MAX_FIELDS])
 
 
 def denied(
     provider: ExternalAuthorizer, response: Response, body: bytes, policy: str, rule: str
 ) -> Respond:
     """The caller's answer: the authorizer's status (3xx, 4xx), fields and body."""
-    named = {each.lower().encode() for each in provider.downstream_headers_on_deny}
+    is_named = _names(provider.downstream_headers_on_deny or ("*",))
     told: list[Pair] = [
         pair
         for pair in response.headers.pairs
-        if pair[0] not in _NEVER_TAKEN
-        and pair[0][:1] != b":"
-        and (not named or pair[0] in named or pair[0] in _ALWAYS_TOLD)
+        if _may_say(pair[0]) and (is_named(pair[0]) or pair[0] in _ALWAYS_TOLD)
     ][:MAX_FIELDS]
     status = response.status if 300 <= response.status < 500 and response.status != 304 else 403
     said = f"the external authorizer {provider.name} denies with {response.status}"
     return _denial(status, policy, rule, said, body, tuple(told))
+
+
+def _note(request: Request, found: _Found, outcome: str) -> None:
+    """For the access log: who let it pass."""
+    logged = request.notes.setdefault(LOGGED, {})
+    before = f"{logged['ext_authz']}, " if "ext_authz" in logged else ""
+    logged["ext_authz"] = f"{before}{found.policy} {found.provider.name} {outcome}"
+
+
+def _names(texts: tuple[str, ...]) -> Matches:
+    return any_of(texts, folds_case=True)
+
+
+def _may_say(name: bytes) -> bool:
+    return name not in _NEVER_TAKEN and name[:1] != b":"
 
 
 def _denial(

@@ -222,3 +222,21 @@ def test_only_what_changed_is_written():
     assert list(changed(old, dict(old))) == []
     assert dict(changed(old, {})) == {a: Fragment(), b: Fragment(parents=())}
     assert dict(changed({}, old)) == old
+
+
+def test_a_policy_says_when_its_authorizer_is_unknown_and_when_the_mesh_config_is_broken():
+    custom = authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}])
+    held = bound(custom)
+    found = said(held, "AuthorizationPolicy", "p")["WaypointAccepted"]
+    assert short(found) == "False UnknownProvider"
+    assert "opa is not known here" in found.message
+    assert "are denied" in found.message
+
+    text = "extensionProviders: [{name: opa, envoyExtAuthzHttp: {service: o.auth, port: 1}}]"
+    good = obj("ConfigMap", "istio", "istio-system", "v1", data={"mesh": text})
+    held.put(good)
+    assert short(said(held, "AuthorizationPolicy", "p")["WaypointAccepted"]) == "True Accepted"
+    held.put({**good, "data": {"mesh": "extensionProviders: 1"}})
+    found = said(held, "AuthorizationPolicy", "p")["WaypointAccepted"]
+    assert short(found) == "True PartiallyInvalid"
+    assert "state before stays in force: data.mesh.extensionProviders" in found.message

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from istiod_lite import l7_policies, snapshot
+from istiod_lite import l7_policies, providers, snapshot
 from istiod_lite.relation import Relation
-from mesh.cluster.api import Ref
+from mesh.cluster.api import Ref, ref_of
 from mesh.model.l7_policy import L7Operation, L7Rule, L7Source
 from mesh.xds.translate import TRAFFIC_TYPE
 from tests.support.gateways import (
@@ -84,8 +84,85 @@ def test_an_authorization_is_told_as_it_is_written():
 def test_what_cannot_be_carried_out_denies():
     held = bound(authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}]))
     (found,) = config(held).authorizations
-    assert "opa" in found.problem
+    assert found.provider is not None
+    assert "opa is not known here (ConfigMap istio names none)" in found.provider.problem
     assert found.rules == (L7Rule(),)
+
+
+HTTP = """
+extensionProviders:
+- name: opa
+  envoyExtAuthzHttp: {service: %s, port: 8000, timeout: 2s}
+"""
+
+
+def mesh_config(text: str, home: str = "istio-system", name: str = "istio"):
+    return obj("ConfigMap", name, home, "v1", data={"mesh": text})
+
+
+@pytest.mark.parametrize(
+    ("service", "key"),
+    [
+        ("opa.auth.svc.cluster.local", "auth/opa.auth.svc.cluster.local"),
+        ("opa.auth.svc", "auth/opa.auth.svc.cluster.local"),
+        ("opa.auth", "auth/opa.auth.svc.cluster.local"),
+        ("far/opa.example.com", "far/opa.example.com"),
+    ],
+)
+def test_a_custom_policy_is_told_whom_to_ask(service, key):
+    held = bound(authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}]))
+    held.put(mesh_config(HTTP % service))
+    (found,) = config(held).authorizations
+    assert found.provider is not None
+    assert (found.provider.service, found.provider.problem) == (key, "")
+    assert found.provider.timeout_seconds == 2.0
+
+
+@pytest.mark.parametrize("written", ["opa", "opa.auth.svc.other", "opa.auth.pod", "opa.auth.x.y"])
+def test_a_service_is_not_guessed(written):
+    assert providers.service_key(written, "cluster.local") is None
+
+
+def test_an_authorizer_whose_namespace_cannot_be_told_denies():
+    held = bound(authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}]))
+    held.put(mesh_config(HTTP % "opa.example.com"))
+    (found,) = config(held).authorizations
+    assert found.provider is not None
+    assert "write namespace/opa.example.com" in found.provider.problem
+
+
+def test_only_the_mesh_config_of_the_mesh_counts():
+    held = bound(authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}]))
+    held.put(mesh_config(HTTP % "opa.auth", home="shop"), mesh_config(HTTP % "opa.auth", name="x"))
+    (found,) = config(held).authorizations
+    assert found.provider is not None
+    assert found.provider.problem
+
+
+def test_a_mistake_in_the_mesh_config_leaves_what_was():
+    held = bound(authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}]))
+    held.put(mesh_config(HTTP % "opa.auth"))
+    before = config(held)
+    held.put(mesh_config("extensionProviders: ["))
+    assert config(held) is before
+    assert any("not YAML" in str(each) for each in held.index.findings())
+    held.put(mesh_config(HTTP % "opa.auth"))
+    assert held.index.findings() == []
+    held.delete("ConfigMap", "istio", "istio-system")
+    (found,) = config(held).authorizations
+    assert found.provider is not None
+    assert found.provider.problem
+
+
+def test_a_change_of_the_mesh_config_concerns_who_asks():
+    other = service("other")
+    held = bound(other, authorization(action="CUSTOM", provider={"name": "opa"}, rules=[{}]))
+    traffic = held.index.traffic
+    new = held.index.inventory.put(
+        ref_of(mesh_config(HTTP % "opa.auth")), mesh_config(HTTP % "opa.auth")
+    )
+    assert traffic.touched(ref_of(mesh_config("")), None, new) == [Ref("Service", "shop", "web")]
+    assert traffic.touched(ref_of(mesh_config("")), new, new) == []
 
 
 def test_policies_of_the_gateway_are_in_its_own_resource():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mesh.identity import SpiffeId
 from mesh.model.l7_policy import (
+    ExternalAuthorizer,
     JwtRule,
     L7Authorization,
     L7Operation,
@@ -29,17 +30,18 @@ from waypoint.explain_filter import explain_filter
 from waypoint.filters.authorize import Authorize
 from waypoint.filters.chain import Filter, Headers, PassingFilter, Request, Respond, Verdict
 from waypoint.filters.cors import CorsFilter
+from waypoint.filters.ext_authz import ExternalAuthorization
 from waypoint.filters.fault import FaultFilter
 from waypoint.filters.jwt import Jwt
 from waypoint.filters.rate_limit.filter import RateLimits
 
 
-def request(*pairs: tuple[bytes, bytes], method: bytes = b"GET") -> Request:
+def request(*pairs: tuple[bytes, bytes], method: bytes = b"GET", path: bytes = b"/") -> Request:
     return Request(
         method=method,
         scheme=b"http",
         authority=b"a",
-        path=b"/",
+        path=path,
         headers=Headers(list(pairs)),
         source=SpiffeId("td", "shop", "web"),
         now=1.0,
@@ -187,3 +189,21 @@ def test_what_is_explained_is_what_is_decided(
     for method, path in calls:
         explained = decide(method, path, lambda each, asked: explain_filter(each, asked)[1])
         assert explained == decide(method, path, lambda each, asked: each.on_request(asked))
+
+
+def test_external_authorizers_are_named_and_not_asked() -> None:
+    async def ask(*_: Any) -> Any:
+        raise AssertionError("asked")
+
+    provider = ExternalAuthorizer("opa", "http", "auth/opa.auth", 8000)
+    rule = L7Rule(operations=(L7Operation(paths=("/admin*",)),))
+    policy = L7Authorization("shop", "p", "CUSTOM", (rule,), provider=provider)
+    each = ExternalAuthorization([policy], ask)
+    step, respond = explain_filter(each, request(path=b"/admin"))
+    assert (step["outcome"], step["policy"], step["rule"], respond) == (
+        "not asked", "shop/p", "0", None,
+    )  # fmt: skip
+    assert step["asks"] == [{"policy": "shop/p", "rule": "0", "provider": "opa"}]
+    assert "opa would be asked" in step["reason"]
+    step, respond = explain_filter(each, request(path=b"/"))
+    assert (step["outcome"], step["asks"], respond) == ("passes", [], None)
