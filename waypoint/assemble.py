@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 from mesh.model.l7_policy import JwtRule, RateLimitPolicy, RateLimitRule, TrafficConfig
 from mesh.model.route import RouteFilter
-from waypoint.ask import ask
+from waypoint.ask import Asker
 from waypoint.filters import jwks
 from waypoint.filters.authorize import Authorize, is_asked
 from waypoint.filters.chain import Filter
@@ -62,6 +62,7 @@ class Assembly:
         self._stores = stores if stores is not None else Stores()
         self._clock = clock
         self._rng = rng
+        self._ask = Asker()
         self._custom = custom if custom is not None else CustomFilters()
         self._source = jwks.sources(fetch)
         self._buckets: dict[tuple[str, str, RateLimitRule], Buckets] = {}
@@ -73,7 +74,7 @@ class Assembly:
         found: list[Filter] = []
         authorizations = [each for config in configs for each in config.authorizations]
         if any(map(is_asked, authorizations)):
-            found.append(ExternalAuthorization(authorizations, ask))
+            found.append(ExternalAuthorization(authorizations, self._ask, self._clock))
         authentications = [each for config in configs for each in config.authentications]
         if authentications:
             found.append(Jwt(authentications, self._keys_of, self._clock))

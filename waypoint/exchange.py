@@ -39,6 +39,7 @@ from waypoint.filters.ext_authz import PLACE
 from waypoint.filters.redact.filter import RedactionFilter, redact_trailers
 from waypoint.long_lived import LongLived
 from waypoint.mirror import open_mirrors
+from waypoint.place import Place
 from waypoint.plan import Answer, Forward
 from waypoint.spans import RequestSpans
 from waypoint.streams import Downstream, Upstream
@@ -58,7 +59,7 @@ class Exchange:
     __slots__ = ("_body_in", "_body_out", "_budgeted", "_deadline", "_decided", "_done", "_down",
                  "_endpoint", "_excluded", "_filters", "_held", "_long_lived", "_next_filter",
                  "_per_try", "_plan", "_scope", "_started", "_switched", "_timer", "_trailers",
-                 "_up", "bytes_in", "bytes_out", "flag", "grpc_status", "inbound",
+                 "_up", "bytes_in", "bytes_out", "early", "flag", "grpc_status", "inbound",
                  "is_request_done", "is_response_done", "policy", "reason", "request", "rule_name",
                  "spans", "started_at", "status", "tries",
                  "upgrade")  # fmt: skip
@@ -85,6 +86,7 @@ class Exchange:
         self._excluded: set[Endpoint] | None = None
         self._decided = self._started = self._done = self._switched = self._budgeted = False
         self.is_request_done = self.is_response_done = False
+        self.early: Place | None = None
         self.upgrade = b""
         self.spans: RequestSpans | None = None
         self.started_at = 0.0
@@ -224,8 +226,9 @@ class Exchange:
             self._scope = scope
             if self._done:
                 return
-            self.request.notes[PLACE] = self.inbound
+            self.request.notes[PLACE] = Place(self, self._down)
             answer = await verdict.ask()
+            self.request.notes.pop(PLACE, None)
             self._scope = None
             if self._done:
                 return
@@ -339,8 +342,15 @@ class Exchange:
             up.send_data(data)
             if up.is_blocked:
                 self._down.pause()
-        elif held is not None and len(held) > KEPT_BODY:
-            self._down.pause()
+        elif held is not None:
+            if self.early is not None:
+                self.early.came(len(held))
+            elif len(held) > KEPT_BODY:
+                self._down.pause()
+
+    def held_body(self) -> bytes:
+        """What came of the body and is kept."""
+        return bytes(self._held or b"")
 
     def on_request_end(self, trailers: Sequence[Pair]) -> None:
         """The request is complete."""
@@ -355,6 +365,8 @@ class Exchange:
             return
         self.is_request_done = True
         self._trailers = trailers
+        if self.early is not None:
+            self.early.ended()
         if self._up is not None:
             self._up.send_end(trailers)
         if self._switched and self.is_response_done:

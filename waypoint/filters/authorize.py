@@ -84,8 +84,6 @@ def is_asked(policy: L7Authorization) -> bool:
     return (
         policy.action == "CUSTOM"
         and provider is not None
-        and provider.protocol == "http"
-        and not provider.max_body_bytes
         and not policy.is_dry_run
         and not policy.problem
     )

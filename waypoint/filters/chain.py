@@ -12,7 +12,7 @@ one request goes into `Request.notes`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -198,6 +198,15 @@ class Respond:
     rule: str = ""
     reason: str = ""
     grpc_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What somebody who was asked answered."""
+
+    response: Response
+    body: bytes = b""
+    trailers: Sequence[Pair] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ import pytest
 
 from mesh.errors import Unavailable
 from mesh.model.l7_policy import ExternalAuthorizer, L7Authorization, L7Operation, L7Rule
-from waypoint.filters.chain import Headers, Request, Respond, Response, Wait
+from waypoint.filters.chain import Answer, Headers, Request, Respond, Response, Wait
 from waypoint.filters.ext_authz import PLACE, ExternalAuthorization, denied, question, take
 
+questions: list[tuple[Request, bytes]] = []
 PROVIDER = ExternalAuthorizer(
-    "opa", "http", "auth/opa.auth", 8000, path_prefix="/check",
+    "opa", "http", "opa/opa.auth", 8000, path_prefix="/check",
     request_headers=("x-tenant", "Transfer-Encoding"), upstream_headers_on_allow=("x-user",),
     downstream_headers_on_deny=("x-why",),
 )  # fmt: skip
@@ -42,15 +43,20 @@ async def decide(
 ) -> tuple[Respond | None, list[str]]:
     """The verdict, and who was asked. `answers` are by provider: a Response or an error."""
     order: list[str] = []
+    questions.clear()
 
-    async def ask(place: Any, provider: Any, sent: Request) -> tuple[Response, bytes]:
-        assert place == "here"
-        assert sent.path.startswith(b"/check")
-        order.append(provider.name)
-        found = answers[provider.name]
+    async def ask(
+        place: Any, service: str, port: int, sent: Request, body: bytes, seconds: float
+    ) -> Answer:
+        assert place == asked.notes.get(PLACE, place)
+        assert (port, seconds) == (8000, 5.0)
+        name = service.partition("/")[0]
+        order.append(name)
+        questions.append((sent, body))
+        found = answers[name]
         if isinstance(found, Exception):
             raise found
-        return found, b"body"
+        return found if isinstance(found, Answer) else Answer(found, b"body")
 
     verdict = ExternalAuthorization(policies, ask).on_request(asked)
     if isinstance(verdict, Wait):
@@ -76,7 +82,7 @@ async def test_who_is_not_concerned_is_not_asked_about() -> None:
 
 
 async def test_all_must_agree_in_their_order() -> None:
-    two = replace(PROVIDER, name="two")
+    two = replace(PROVIDER, name="two", service="two/opa.auth")
     policies = (policy(), policy(two, name="q"))
     assert await decide(request(), *policies, opa=answer(200), two=answer(200)) == (
         None, ["opa", "two"],
