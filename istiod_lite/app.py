@@ -47,7 +47,7 @@ from mesh.cluster.open import open_cluster
 from mesh.cluster.validate import Finding
 from mesh.errors import MeshError
 from mesh.grpc.server import serve_grpc
-from mesh.runtime import lifecycle, log, metrics
+from mesh.runtime import lifecycle, log, memory, metrics
 from mesh.runtime.admin import AdminApp, Readiness
 from mesh.secrets import CREATE_CERTIFICATE
 from mesh.tls.context import control_plane_server
@@ -121,6 +121,7 @@ async def serve(config: IstiodConfig, cluster: Cluster, shutdown: lifecycle.Shut
         follow = partial(publisher.follow, cluster)
         await nursery.start(state.follow, follow, published)
         tasks["cluster"].done()
+        memory.settle_objects()
         nursery.start_soon(state.keep)
         nursery.start_soon(seat.follow_keys, state)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Ref
+from mesh.cluster.entries import ServiceEntry
 from mesh.cluster.gateways import (
     HBONE_PORT,
     WAYPOINT_FOR,
@@ -87,11 +88,11 @@ def waypoint_of(
 
 
 def bind(
-    view: Service | Pod,
+    view: Service | ServiceEntry | Pod,
     namespace: Namespace | None,
     waypoints: Mapping[Ref, Waypoint],
 ) -> Binding:
-    """The binding of a service or a pod."""
+    """The binding of a service, of the hosts of a ServiceEntry, or of a pod."""
     ref = named_gateway(view, namespace)
     if ref is None:
         return Binding()
@@ -100,7 +101,7 @@ def bind(
     waypoint = waypoints.get(ref)
     if waypoint is None:
         return Binding(ref, "WaypointIsNotReady", f"there is no waypoint {_name(ref)}")
-    wanted = "service" if isinstance(view, Service) else "workload"
+    wanted = "workload" if isinstance(view, Pod) else "service"
     if waypoint.traffic not in (wanted, "all"):
         return Binding(
             ref,

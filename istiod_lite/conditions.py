@@ -87,6 +87,8 @@ class Fragment:
     addresses: tuple[tuple[str, str], ...] = ()
     ancestors: tuple[AncestorStatus, ...] | None = None
     features: tuple[str, ...] = ()
+    #: Host and address of a ServiceEntry.
+    assigned: tuple[tuple[str, str], ...] = ()
 
 
 def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
@@ -105,13 +107,15 @@ def merged(live: Object, fragment: Fragment, now: str) -> dict[str, Any] | None:
         new["ancestors"] = _ancestors(status.get("ancestors"), fragment.ancestors, generation, now)
     else:
         old = _list(status.get("conditions"))
-        # On a Service only names with our domains are ours: others have an Accepted, too.
-        is_service = live.get("kind") == "Service"
+        # Of services only names with our domains are ours: others have an Accepted, too.
+        is_service = live.get("kind") in ("Service", "ServiceEntry")
         ours = {each for each in OURS if not is_service or "/" in each}
         foreign = [each for each in old if each.get("type") not in ours]
         new["conditions"] = foreign + _conditions(old, fragment.conditions, generation, now)
     if fragment.addresses:
         new["addresses"] = [{"type": kind, "value": value} for kind, value in fragment.addresses]
+    if fragment.assigned:
+        new["addresses"] = [{"host": host, "value": value} for host, value in fragment.assigned]
     if fragment.features:
         new["supportedFeatures"] = [{"name": each} for each in fragment.features]
     if fragment.listeners:

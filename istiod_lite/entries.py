@@ -17,7 +17,14 @@ from mesh.cluster.entries import Endpoint, ServiceEntry, WorkloadEntry
 from mesh.cluster.inventory import Inventory
 from mesh.cluster.objects import Pod, Service, is_selected
 from mesh.model import service as model
-from mesh.model.workload import CidrAddress, Locality, NetworkAddress, NetworkMode, Workload
+from mesh.model.workload import (
+    CidrAddress,
+    GatewayAddress,
+    Locality,
+    NetworkAddress,
+    NetworkMode,
+    Workload,
+)
 
 _GROUP = "networking.istio.io"
 _PASSTHROUGH = model.LoadBalancing((), model.Mode.PASSTHROUGH, model.HealthPolicy.ALLOW_ALL)
@@ -34,14 +41,23 @@ def hosts_of(mesh: Mesh, entry: ServiceEntry, others: Iterable[ServiceEntry]) ->
 
 
 def resources(
-    mesh: Mesh, entry: ServiceEntry, hosts: Iterable[str]
+    mesh: Mesh,
+    entry: ServiceEntry,
+    hosts: Iterable[str],
+    allocated: Iterable[tuple[str, str]] = (),
+    waypoint: GatewayAddress | None = None,
 ) -> dict[str, model.Service | Workload]:
-    """What a ServiceEntry stands for, by resource name: services for `hosts`, and endpoints."""
+    """What a ServiceEntry stands for, by resource name: services for `hosts`, and endpoints.
+
+    `allocated` are further addresses, by host.
+    """
+    pairs = dict.fromkeys((*entry.assigned, *allocated))
+    entry = replace(entry, assigned=tuple(pairs))
     found: dict[str, model.Service | Workload] = {}
     entry = replace(entry, hosts=tuple(hosts))
     for host in entry.hosts:
         service = _service(mesh, entry, host)
-        found[str(service.key)] = service
+        found[str(service.key)] = replace(service, waypoint=waypoint) if waypoint else service
     endpoints = entry.endpoints
     if not endpoints and entry.selector is None and entry.resolution.startswith("DNS"):
         endpoints = tuple(Endpoint(host, is_name=True) for host in entry.hosts)
@@ -58,7 +74,8 @@ def resources(
 
 
 def _service(mesh: Mesh, entry: ServiceEntry, host: str) -> model.Service:
-    single = (each for each in entry.addresses if "/" not in each)
+    single = [each for each in entry.addresses if "/" not in each]
+    single += [address for name, address in entry.assigned if name == host]
     ranges = (each for each in entry.addresses if "/" in each)
     return model.Service(
         name=entry.name,

@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from istiod_lite import entries, peer_authentication, policies, traffic_index, workloads
+from istiod_lite import (
+    entries,
+    peer_authentication,
+    policies,
+    traffic_index,
+    workloads,
+)
+from istiod_lite.auto_addresses import AutoAddresses
 from istiod_lite.traffic_index import TrafficIndex
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Deleted, Event, Fault, Object, Put, Ref, Synced
@@ -76,6 +83,7 @@ class ClusterIndex:
         self._peers: dict[Ref, PeerAuthentication] = {}
         self._converted: frozenset[str] = frozenset()
         self._guards: dict[Ref, frozenset[str]] = {}
+        self.allocated = AutoAddresses()
         self._dirty: dict[Ref, None] = {}
         self._changed = False
         self._touched: tuple[set[str], set[str]] = (set(), set())
@@ -205,7 +213,7 @@ class ClusterIndex:
         self._mark(self.traffic.touched(ref, old, new))
         match new or old:
             case Pod() | EndpointSlice():
-                self._place(ref, _nodes_of(old), _nodes_of(new))
+                self._place(ref, workloads.nodes_of(old), workloads.nodes_of(new))
                 self._dirty[ref] = None
             case Service():
                 self._dirty[ref] = None
@@ -213,12 +221,13 @@ class ClusterIndex:
                 self._touch_entries(ref.namespace)
             case ServiceEntry():
                 self._dirty[ref] = None
+                self.allocated.look()
                 states = [each for each in (old, new) if isinstance(each, ServiceEntry)]
                 self._mark(entries.touched(self._inventory, states))
             case WorkloadEntry():
                 self._dirty[ref] = None
             case Namespace():
-                if _distribution(old) != _distribution(new):
+                if workloads.distribution_of(old) != workloads.distribution_of(new):
                     for service in self._inventory.within(Service, ref.name):
                         self._dirty[service.ref] = None
             case Node():
@@ -306,6 +315,7 @@ class ClusterIndex:
             "WorkloadEntry": self._derive_workload_entry,
             "EndpointSlice": self._derive_slice,
         }
+        self._mark(self.allocated.settle(self._inventory))
         for kind in _ORDER:
             for ref in [each for each in self._dirty if each.kind == kind]:
                 del self._dirty[ref]
@@ -378,11 +388,16 @@ class ClusterIndex:
     def _derive_service_entry(self, ref: Ref) -> Iterable[Ref]:
         entry = self._inventory.get(ServiceEntry, ref.namespace, ref.name)
         if entry is None:
-            return self._replace(ref, {})
+            touched = self.traffic.forget_user(ref)
+            self._changed |= self.traffic.has_changed()
+            return [*touched, *self._replace(ref, {})]
         hosts = entries.hosts_of(
             self.mesh, entry, self._inventory.within(ServiceEntry, ref.namespace)
         )
-        return self._replace(ref, entries.resources(self.mesh, entry, hosts))
+        waypoint = self.traffic.entry_waypoint(entry, hosts)
+        self._changed |= self.traffic.has_changed()
+        found = entries.resources(self.mesh, entry, hosts, self.allocated.of(ref), waypoint)
+        return self._replace(ref, found)
 
     def _derive_workload_entry(self, ref: Ref) -> Iterable[Ref]:
         entry = self._inventory.get(WorkloadEntry, ref.namespace, ref.name)
@@ -428,20 +443,6 @@ class ClusterIndex:
             values[key] = value
         self._changed = True
         self._touched[values is self.policies].add(key)
-
-
-def _nodes_of(view: Metadata | None) -> frozenset[str]:
-    match view:
-        case Pod(node=node):
-            return frozenset((node,)) if node else frozenset()
-        case EndpointSlice(endpoints=endpoints):
-            return frozenset(each.node for each in endpoints if each.node)
-        case _:
-            return frozenset()
-
-
-def _distribution(view: Metadata | None) -> str:
-    return view.annotations.get(workloads.TRAFFIC_DISTRIBUTION, "") if view else ""
 
 
 def _selects(selector: Mapping[str, str] | None, pod: Pod) -> bool:

@@ -1,13 +1,15 @@
 """From the cluster's changes to the clients: watch -> index -> snapshot -> ADS.
 
-The walk of a config push, as one loop. Changes are gathered for a moment, because an edit
-rarely comes alone. Nothing is published before the cluster has told everything it has, so
-that no client is ever told that something is gone that was only not read yet.
+The walk of a config push, as one loop. A change after a quiet moment is told at once; those
+that follow it closely are gathered, because an edit rarely comes alone. Nothing is published
+before the cluster has told everything it has, so that no client is ever told that something is
+gone that was only not read yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,7 +22,7 @@ from mesh.cluster.validate import Finding, Severity, finding_of
 from mesh.runtime import log
 from mesh.xds.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE
 
-# How long changes are gathered before they are pushed, in seconds.
+# How long after a push further changes are gathered before the next, in seconds.
 GATHER_SECONDS = 0.02
 _PUSH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -66,19 +68,25 @@ class Publisher:
             self._index.settle()
             self._publish()
             task_status.started()
+            quiet_at = trio.current_time()
             while True:
                 event = await events.receive()
                 started = trio.current_time()
                 self._receive(event)
-                with trio.move_on_after(GATHER_SECONDS):
+                with trio.move_on_at(quiet_at), suppress(trio.WouldBlock):
                     while True:
-                        self._receive(await events.receive())
+                        self._receive(
+                            await events.receive()
+                            if trio.current_time() < quiet_at
+                            else events.receive_nowait()
+                        )
                 if self._index.settle():
                     self._publish()
                     self._seconds.observe(trio.current_time() - started)
                 else:
                     self._tell()
                     self._on_push()
+                quiet_at = trio.current_time() + GATHER_SECONDS
 
     def findings(self) -> list[Finding]:
         """What is wrong or odd now: about objects, and about what came of them."""

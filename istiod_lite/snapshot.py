@@ -12,7 +12,7 @@ address, a service's name or VIP to resources, with what a caller needs along wi
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -39,6 +39,7 @@ from mesh.xds.translate import (
 # The order in which a client is told: a policy may name workloads, never the reverse.
 TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE, TRAFFIC_TYPE)
 Told = Resource
+_MAX_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,13 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """Everything of one type: for clients that have nothing yet, who are all told the same.
+class Encoded:
+    """An answer that many clients are given, by the names that it tells of.
 
     `body` is a serialized `DeltaDiscoveryResponse` without what differs from client to client.
     """
 
     names: frozenset[str]
-    versions: Mapping[str, str]
     body: bytes = field(repr=False)
 
 
@@ -100,15 +100,48 @@ class Snapshot:
         """The names of the TrafficConfigs of one waypoint, `namespace/name`: nobody else's."""
         return self._by_waypoint.get(gateway, frozenset())
 
-    def whole(self, type_url: str) -> Whole:
+    def whole(self, type_url: str) -> Encoded:
         """All resources of a type as one response, made when first asked for."""
         found = self._wholes.get(type_url)
         if found is None:
-            found = self._wholes[type_url] = _whole(type_url, self.of(type_url))
+            entries = self.of(type_url)
+            found = _encode(type_url, entries.values(), (), frozenset(entries))
+            self._wholes[type_url] = found
+        return found
+
+    def part(
+        self, type_url: str, updated: Sequence[VersionedResource], removed: Sequence[str]
+    ) -> Encoded:
+        """Some of a type as one response. After a change most clients are told the same: of what
+        was asked for last, a few answers are kept.
+        """
+        key = (type_url, frozenset(each.name for each in updated), tuple(removed))
+        found = self._parts.get(key)
+        if found is None:
+            found = _encode(type_url, updated, removed, key[1].union(removed))
+            if len(self._parts) >= _MAX_PARTS:
+                del self._parts[next(iter(self._parts))]
+            self._parts[key] = found
+        return found
+
+    def versions(self, type_url: str) -> Mapping[str, str]:
+        """Name to version of all resources of a type, made when first asked for."""
+        found = self._versions.get(type_url)
+        if found is None:
+            found = {name: each.version for name, each in self.of(type_url).items()}
+            self._versions[type_url] = found
         return found
 
     @cached_property
-    def _wholes(self) -> dict[str, Whole]:
+    def _wholes(self) -> dict[str, Encoded]:
+        return {}
+
+    @cached_property
+    def _parts(self) -> dict[tuple[str, frozenset[str], tuple[str, ...]], Encoded]:
+        return {}
+
+    @cached_property
+    def _versions(self) -> dict[str, Mapping[str, str]]:
         return {}
 
     @cached_property
@@ -133,15 +166,18 @@ def in_order(entries: Iterable[VersionedResource]) -> list[VersionedResource]:
     return sorted(entries, key=lambda entry: (isinstance(entry.model, Service), entry.name))
 
 
-def _whole(type_url: str, entries: Mapping[str, VersionedResource]) -> Whole:
+def _encode(
+    type_url: str,
+    entries: Iterable[VersionedResource],
+    removed: Sequence[str],
+    names: frozenset[str],
+) -> Encoded:
     response = DeltaDiscoveryResponse(
-        type_url=type_url, resources=[each.message for each in in_order(entries.values())]
+        type_url=type_url,
+        resources=[each.message for each in in_order(entries)],
+        removed_resources=removed,
     )
-    return Whole(
-        names=frozenset(entries),
-        versions={name: each.version for name, each in entries.items()},
-        body=response.SerializeToString(),
-    )
+    return Encoded(names, response.SerializeToString())
 
 
 def advance(

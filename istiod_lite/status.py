@@ -28,6 +28,7 @@ from istiod_lite.providers import provider_of
 from istiod_lite.routes import Attachment
 from istiod_lite.subscriptions import Share
 from mesh.cluster.api import Ref
+from mesh.cluster.entries import ServiceEntry
 from mesh.cluster.gateways import WAYPOINT_CONTROLLER, Gateway, GatewayClass, XMesh
 from mesh.cluster.l7_policies import RateLimitPolicy, RedactionPolicy, RequestAuthentication
 from mesh.cluster.mesh_config import mesh_config_ref
@@ -55,6 +56,10 @@ def each_status(index: ClusterIndex, shares: Shares) -> Iterator[tuple[Ref, Frag
     for gateway in list(inventory.all(Gateway)):
         if gateway.is_waypoint:
             yield gateway.ref, _gateway(index, gateway, shares)
+    for entry in list(inventory.all(ServiceEntry)):
+        bound, assigned = _bound(index, entry.ref), index.allocated.of(entry.ref)
+        if bound or assigned or not _ON_SERVICES.isdisjoint(entry.conditions):
+            yield entry.ref, Fragment(bound, assigned=assigned)
     for service in list(inventory.all(Service)):
         # What was said before we started, and no longer holds, is taken back too.
         conditions = _service(index, service)
@@ -103,7 +108,8 @@ def _gateway(index: ClusterIndex, gateway: Gateway, shares: Shares) -> Fragment:
         return Fragment(conditions, listeners=listeners)
     name = f"{gateway.namespace}/{gateway.name}"
     users = index.traffic.users(gateway.ref)
-    keys = [key for ref in users if (key := index.traffic.config_key(ref)).startswith(f"{name}/")]
+    every = [key for ref in users for key in index.traffic.config_keys(ref)]
+    keys = [key for key in every if key.startswith(f"{name}/")]
     share = shares(TRAFFIC_TYPE, [name, *keys], name)
     routes = {
         route
@@ -153,20 +159,20 @@ def _applied(share: Share, whom: str) -> str:
 
 
 def _service(index: ClusterIndex, service: Service) -> tuple[Condition, ...]:
-    found = []
-    binding = index.traffic.bindings.get(service.ref)
-    if binding is not None:
-        if binding.is_bound and binding.gateway is not None:
-            where = f"{binding.gateway.namespace}/{binding.gateway.name}"
-            found.append(
-                Condition(
-                    WAYPOINT_BOUND, "True", "WaypointAccepted", f"goes through waypoint {where}"
-                )
-            )
-        else:
-            found.append(Condition(WAYPOINT_BOUND, "False", binding.reason, binding.message))
     required = _required(index, service)
-    return (*found, required) if required else tuple(found)
+    found = _bound(index, service.ref)
+    return (*found, required) if required else found
+
+
+def _bound(index: ClusterIndex, ref: Ref) -> tuple[Condition, ...]:
+    """Whether a Service or ServiceEntry goes through the waypoint that it names."""
+    binding = index.traffic.bindings.get(ref)
+    if binding is None:
+        return ()
+    if binding.is_bound and binding.gateway is not None:
+        message = f"goes through waypoint {binding.gateway.namespace}/{binding.gateway.name}"
+        return (Condition(WAYPOINT_BOUND, "True", "WaypointAccepted", message),)
+    return (Condition(WAYPOINT_BOUND, "False", binding.reason, binding.message),)
 
 
 def _required(index: ClusterIndex, service: Service) -> Condition | None:
@@ -346,11 +352,11 @@ def _keys(index: ClusterIndex, target: Ref) -> tuple[list[str], list[tuple[str, 
     """The TrafficConfigs that a target's policy is in, and what is wrong with the target."""
     traffic = index.traffic
     match target.kind:
-        case "Service":
+        case "Service" | "ServiceEntry":
             if index.inventory.view(target) is None:
                 return [], [("TargetNotFound", f"there is no {target}")]
-            if key := traffic.config_key(target):
-                return [key], []
+            if keys := traffic.config_keys(target):
+                return [*keys], []
             return [], [("AncestorNotBound", f"{target} goes through no waypoint")]
         case "Gateway":
             if target not in traffic.waypoints:

@@ -18,7 +18,8 @@ import ipaddress
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from istiod_lite.snapshot import TYPES, Delta, Snapshot, in_order
+from istiod_lite.held_versions import HeldVersions
+from istiod_lite.snapshot import TYPES, Delta, Snapshot
 from mesh.errors import RemoteProtocolError
 from mesh.grpc.codec import Serialized
 from mesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node
@@ -85,7 +86,7 @@ class Share:
 class _Subscription:
     is_wildcard: bool
     # What the client has, as far as we know: claimed at first, then as sent.
-    sent: dict[str, str]
+    sent: HeldVersions
     dirty: set[str] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)
     unanswered: set[str] = field(default_factory=set)
@@ -131,7 +132,9 @@ class ClientState:
                 subscription.nacks += 1
                 subscription.last_nack = request.error_detail.message[:MAX_NACK_TEXT]
                 sent = subscription.sent
-                subscription.refused |= {n: sent[n] for n in subscription.unconfirmed if n in sent}
+                for name in subscription.unconfirmed:
+                    if (version := sent.get(name)) is not None:
+                        subscription.refused[name] = version
             else:
                 subscription.acked = request.response_nonce
             subscription.unconfirmed = frozenset()
@@ -157,14 +160,9 @@ class ClientState:
 
     def responses(self) -> list[DeltaDiscoveryResponse]:
         """As `answers`, all of them as messages."""
-        return [
-            each
-            if isinstance(each, DeltaDiscoveryResponse)
-            else DeltaDiscoveryResponse.FromString(b"".join(each.parts))
-            for each in self.answers()
-        ]
+        return [DeltaDiscoveryResponse.FromString(b"".join(each.parts)) for each in self.answers()]
 
-    def answers(self) -> list[DeltaDiscoveryResponse | Serialized]:
+    def answers(self) -> list[Serialized]:
         """What to send now; calling it commits to sending it, in this order."""
         if self._snapshot is None:
             return []
@@ -203,7 +201,7 @@ class ClientState:
         return {
             type_url: TypeStatus(
                 is_wildcard=subscription.is_wildcard,
-                versions=dict(subscription.sent),
+                versions=subscription.sent.as_dict(),
                 pending=len(subscription.dirty),
                 in_flight=subscription.in_flight,
                 acked=subscription.acked,
@@ -218,7 +216,8 @@ class ClientState:
         if len(self._types) >= MAX_TYPES:
             raise RemoteProtocolError(f"more than {MAX_TYPES} resource types on one stream")
         is_wildcard = not request.resource_names_subscribe
-        subscription = _Subscription(is_wildcard, dict(request.initial_resource_versions))
+        held = HeldVersions(request.initial_resource_versions)
+        subscription = _Subscription(is_wildcard, held)
         self._change(subscription, request)
         self._types[request.type_url] = subscription
         self._mark_all(request.type_url, subscription)
@@ -260,18 +259,21 @@ class ClientState:
         """Recompute the marks of one type from scratch."""
         if self._snapshot is None:
             return
+        sent = subscription.sent
+        if sent and self._takes_all(type_url, subscription):
+            versions = self._snapshot.versions(type_url)
+            sent.share(versions)
+            subscription.dirty = sent.differing(versions)
+            return
         current = self._snapshot.of(type_url)
         wanted = self._wanted(type_url, subscription, self._snapshot)
-        sent = subscription.sent
         if not sent:
             subscription.dirty = set(wanted)
             return
         subscription.dirty = {name for name in wanted if sent.get(name) != current[name].version}
         subscription.dirty.update(name for name in sent if name not in wanted)
 
-    def _respond(
-        self, type_url: str, snapshot: Snapshot
-    ) -> DeltaDiscoveryResponse | Serialized | None:
+    def _respond(self, type_url: str, snapshot: Snapshot) -> Serialized | None:
         subscription = self._types[type_url]
         if subscription.in_flight:
             return None
@@ -296,19 +298,16 @@ class ClientState:
         subscription.unanswered.clear()
         if not updated and not removed and not subscription.is_first:
             return None
-        updated = in_order(updated)
         for entry in updated:
-            subscription.sent[entry.name] = entry.version
+            subscription.sent.put(entry.name, entry.version)
         for name in removed:
-            subscription.sent.pop(name, None)
-        names = frozenset((*(each.name for each in updated), *removed))
-        for name in removed:
+            subscription.sent.drop(name)
             subscription.refused.pop(name, None)
-        response = self._begin(subscription, names)
-        response.type_url = type_url
-        response.resources.extend(entry.message for entry in updated)
-        response.removed_resources.extend(removed)
-        return response
+        if subscription.sent.is_far and self._takes_all(type_url, subscription):
+            subscription.sent.share(snapshot.versions(type_url))
+        part = snapshot.part(type_url, updated, removed)
+        own = self._begin(subscription, part.names)
+        return Serialized((own.SerializeToString(), part.body))
 
     def _begin(self, subscription: _Subscription, names: frozenset[str]) -> DeltaDiscoveryResponse:
         """A response that tells of `names`, with what is this client's alone."""
@@ -322,21 +321,23 @@ class ClientState:
 
     def _wants_whole(self, type_url: str, subscription: _Subscription, snapshot: Snapshot) -> bool:
         """Whether the client is to be told everything, as all are who have nothing yet."""
-        current = snapshot.of(type_url)
         return (
-            subscription.is_wildcard
+            self._takes_all(type_url, subscription)
             and not subscription.sent
             and not subscription.unanswered
-            and bool(current)
-            and (type_url != TRAFFIC_TYPE or self._account is None)
+            and bool(snapshot.of(type_url))
         )
+
+    def _takes_all(self, type_url: str, subscription: _Subscription) -> bool:
+        """Whether everything of the type is for this client, as it is for others."""
+        return subscription.is_wildcard and (type_url != TRAFFIC_TYPE or self._account is None)
 
     def _respond_whole(
         self, type_url: str, subscription: _Subscription, snapshot: Snapshot
     ) -> Serialized:
         whole = snapshot.whole(type_url)
         subscription.dirty = set()
-        subscription.sent = dict(whole.versions)
+        subscription.sent.take(snapshot.versions(type_url))
         own = self._begin(subscription, whole.names)
         return Serialized((own.SerializeToString(), whole.body))
 

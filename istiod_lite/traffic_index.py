@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from istiod_lite import backends, bindings, guards, l7_policies, providers, routes
+from istiod_lite import attachment, backends, bindings, guards, l7_policies, providers, routes
 from istiod_lite.bindings import Binding, Waypoint
 from istiod_lite.l7_policies import POLICY_KINDS, Policy
 from istiod_lite.relation import Relation
 from istiod_lite.workloads import Mesh
 from mesh.cluster.api import Object, Ref
+from mesh.cluster.entries import ServiceEntry
 from mesh.cluster.gateways import (
-    GATEWAY_GROUP,
     GATEWAY_NAME,
-    WAYPOINT_CLASS,
     Gateway,
     GatewayClass,
     ReferenceGrant,
@@ -71,11 +70,17 @@ class TrafficIndex:
         self._targets = Relation()
         self._broken: dict[Ref, str] = {}
         self._keys: dict[Ref, str] = {}
+        self._entry_keys: dict[Ref, tuple[str, ...]] = {}
         self._changed = False
 
     def config_key(self, service: Ref) -> str:
         """The name of the service's TrafficConfig, empty without one."""
         return self._keys.get(service, "")
+
+    def config_keys(self, ref: Ref) -> tuple[str, ...]:
+        """The names of the TrafficConfigs of a Service, or of each host of a ServiceEntry."""
+        key = self._keys.get(ref, "")
+        return (key,) if key else self._entry_keys.get(ref, ())
 
     def users(self, gateway: Ref) -> tuple[Ref, ...]:
         """The services and pods that name a Gateway."""
@@ -151,6 +156,7 @@ class TrafficIndex:
 
     def _within(self, namespace: str) -> list[Ref]:
         services = [each.ref for each in self._inventory.within(Service, namespace)]
+        services += [each.ref for each in self._inventory.within(ServiceEntry, namespace)]
         return [*services, *(each.ref for each in self._inventory.within(Pod, namespace))]
 
     def _gateways_of(self, *views: Metadata | None) -> Iterator[Ref]:
@@ -194,7 +200,7 @@ class TrafficIndex:
         found: list[Ref] = []
         for target in targets:
             match target.kind:
-                case "Service":
+                case "Service" | "ServiceEntry":
                     found.append(target)
                 case "Gateway":
                     found += [target, *self._users.to(target)]
@@ -234,8 +240,7 @@ class TrafficIndex:
     def pod_waypoint(self, pod: Pod) -> GatewayAddress | None:
         """The waypoint that a pod itself is reached through."""
         binding = self._bind(pod)
-        gateway = self._gateway(binding)
-        has_policy = gateway is not None and bool(self._policies_on_gateway(gateway))
+        has_policy = self._has_policy(self._gateway(binding))
         return bindings.address_for(self._mesh, binding, has_policy=has_policy)
 
     def service_waypoint(self, service: Service) -> tuple[GatewayAddress | None, list[Ref]]:
@@ -262,11 +267,33 @@ class TrafficIndex:
             self._keys[ref] = config.key
         if old_key and old_key != self._keys.get(ref):
             self._drop(old_key)
-        has_policy = bool(attached) or (
-            gateway is not None and bool(self._policies_on_gateway(gateway))
-        )
+        has_policy = bool(attached) or self._has_policy(gateway)
         touched = self._set_guard(service, binding, has_policy=has_policy)
         return bindings.address_for(self._mesh, binding, has_policy=has_policy), touched
+
+    def entry_waypoint(self, entry: ServiceEntry, hosts: Iterable[str]) -> GatewayAddress | None:
+        """The waypoint that the hosts of a ServiceEntry, which has no routes, go through."""
+        binding = self._bind(entry)
+        if entry.resolution == "NONE" and binding.is_served and not self._targets.to(entry.ref):
+            # Only a policy on the entry itself closes it.
+            message = "resolution NONE: a waypoint has no endpoint to send it to"
+            binding = Binding(binding.gateway, "UnsupportedTrafficType", message)
+            self.bindings[entry.ref] = binding
+        attached = self._policies_on_service(entry, binding, ())
+        gateway = self._gateway(binding)
+        keys: list[str] = []
+        if gateway is not None:  # and the binding is served
+            for host in hosts:
+                config = self._config(gateway, f"{entry.namespace}/{host}", attached, ())
+                self._keep(config)
+                keys.append(config.key)
+        for key in self._entry_keys.pop(entry.ref, ()):
+            if key not in keys:
+                self._drop(key)
+        if keys:
+            self._entry_keys[entry.ref] = tuple(keys)
+        has_policy = bool(attached) or self._has_policy(gateway)
+        return bindings.address_for(self._mesh, binding, has_policy=has_policy)
 
     def forget_user(self, ref: Ref) -> list[Ref]:
         """A service or pod is gone; the pods whose guard changed."""
@@ -274,7 +301,8 @@ class TrafficIndex:
         self.bindings.pop(ref, None)
         self.outcomes.pop(ref, None)
         self.with_policy.discard(ref)
-        self._drop(self._keys.pop(ref, ""))
+        for key in (self._keys.pop(ref, ""), *self._entry_keys.pop(ref, ())):
+            self._drop(key)
         return self._pods(ref) if self.guards.pop(ref, None) else []
 
     def guards_of(self, pod: Pod) -> list[str]:
@@ -306,7 +334,7 @@ class TrafficIndex:
     def _pods(self, ref: Ref) -> list[Ref]:
         return [each.ref for each in self._inventory.within(Pod, ref.namespace)]
 
-    def _bind(self, view: Service | Pod) -> Binding:
+    def _bind(self, view: Service | ServiceEntry | Pod) -> Binding:
         namespace = self._inventory.get(Namespace, "", view.namespace)
         named = named_gateway(view, namespace)
         self._users.set(view.ref, () if named is None else (named,))
@@ -333,37 +361,22 @@ class TrafficIndex:
     # -- policies ------------------------------------------------------------------------
 
     def target(self, policy: Ref, target: TargetRef) -> Ref | None:
-        """The object that a targetRef of `policy` means; None for what it cannot be attached to."""
-        if target.namespace not in ("", policy.namespace):
-            return None
-        match target.group, target.kind:
-            case "", "Service":
-                return Ref("Service", policy.namespace, target.name)
-            case "", "Namespace":
-                return _namespace(policy.namespace)
-            case g, "Gateway" if g == GATEWAY_GROUP:
-                return Ref("Gateway", policy.namespace, target.name)
-            case g, "GatewayClass" if g == GATEWAY_GROUP:
-                is_ours = (
-                    target.name == WAYPOINT_CLASS and policy.namespace == self._mesh.root_namespace
-                )
-                return _CLASS if is_ours else None
-            case g, ("HTTPRoute" | "GRPCRoute") if g == GATEWAY_GROUP:
-                is_ours = policy.kind in ("RateLimitPolicy", "RedactionPolicy")
-                return Ref(target.kind, policy.namespace, target.name) if is_ours else None
-            case _:
-                return None
+        """As `attachment.target_of`."""
+        return attachment.target_of(policy, target, self._mesh.root_namespace)
+
+    def _has_policy(self, gateway: Gateway | None) -> bool:
+        return gateway is not None and bool(self._policies_on_gateway(gateway))
 
     def _policies_on_gateway(self, gateway: Gateway) -> list[Policy]:
         refs = [*self._targets.to(gateway.ref), *self._targets.to(_CLASS)]
         return [self._policy(ref) for ref in self._ordered(refs)]
 
     def _policies_on_service(
-        self, service: Service, binding: Binding, views: Iterable[RouteView]
+        self, service: Service | ServiceEntry, binding: Binding, views: Iterable[RouteView]
     ) -> list[Policy]:
         found = {*self._targets.to(service.ref)}
         if binding.is_served:
-            found.update(self._targets.to(_namespace(service.namespace)))
+            found.update(self._targets.to(Ref("Namespace", "", service.namespace)))
         policies = [self._policy(ref) for ref in self._ordered(found)]
         for view in views:
             listed = self._ordered(self._targets.to(view.ref))
@@ -379,14 +392,7 @@ class TrafficIndex:
         return (view.created if view else "", f"{ref.namespace}/{ref.name}", ref.kind)
 
     def _policy(self, ref: Ref) -> Policy:
-        source = str(self._inventory.source(ref) or "")
-        view = self._inventory.view(ref)
-        if isinstance(view, AuthorizationPolicy):
-            asked = providers.provider_of(self._mesh, self._inventory, view)
-            return l7_policies.translate(view, source, asked)
-        if isinstance(view, RequestAuthentication | RateLimitPolicy | RedactionPolicy):
-            return replace(view.policy, source=source)
-        return l7_policies.closed(ref, self._broken.get(ref, ""), source)
+        return attachment.translated(self._mesh, self._inventory, ref, self._broken.get(ref, ""))
 
     def _policy_on_route(self, ref: Ref, view: RouteView) -> Policy:
         refs = getattr(self._inventory.view(ref), "target_refs", ())
@@ -431,15 +437,11 @@ class TrafficIndex:
 
 _VIEWS: dict[str, type[RouteView]] = {each.__name__: each for each in ROUTES}
 _BACKENDS = (DestinationRule, XBackendTrafficPolicy)
-_CLASS = Ref("GatewayClass", "", WAYPOINT_CLASS)
+_CLASS = attachment.CLASS
 
 
 def _name(ref: Ref) -> str:
     return f"{ref.namespace}/{ref.name}"
-
-
-def _namespace(name: str) -> Ref:
-    return Ref("Namespace", "", name)
 
 
 def _manners(config: model.TrafficConfig | None) -> tuple[bool, bool] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from mesh.cluster.objects import (
     EndpointSlice,
+    Metadata,
     Namespace,
     Node,
     Owner,
@@ -327,3 +328,19 @@ def _slice_workload(
         locality=locality,
         network_mode=NetworkMode.HOST_NETWORK,
     )
+
+
+def nodes_of(view: Metadata | None) -> frozenset[str]:
+    """The nodes that an object is about."""
+    match view:
+        case Pod(node=node):
+            return frozenset((node,)) if node else frozenset()
+        case EndpointSlice(endpoints=endpoints):
+            return frozenset(each.node for each in endpoints if each.node)
+        case _:
+            return frozenset()
+
+
+def distribution_of(view: Metadata | None) -> str:
+    """What an object says of traffic's distribution by annotation."""
+    return view.annotations.get(TRAFFIC_DISTRIBUTION, "") if view else ""

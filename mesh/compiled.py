@@ -1,7 +1,7 @@
 """The data path as machine code, where somebody built it: the same modules, compiled by mypyc.
 
 `.ci/compile` builds the modules that pyproject.toml names into `.compiled/` beside the packages and
-notes the hash of each source. A waypoint then takes all of them instead of the sources, or none:
+notes the hash of each source. The proxies then take all of them instead of the sources, or none:
 only if every source is what was compiled and this is the Python it was compiled for. What is
 missing or stale costs speed and nothing else, and the log says it.
 

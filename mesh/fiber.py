@@ -13,11 +13,11 @@ before the fiber's work is over. Its owner is a `Fibers`, which can cut all of t
 
 from __future__ import annotations
 
-import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar, TypeVarTuple
 
 import trio
+from mypy_extensions import mypyc_attr
 
 from mesh.reactor import Reactor
 
@@ -28,6 +28,7 @@ _PARKED = object()
 _current: Fiber | None = None
 
 
+@mypyc_attr(native_class=False)
 class Cut(BaseException):
     """This fiber is cancelled. Whoever catches it cleans up and lets it go on."""
 
@@ -40,12 +41,12 @@ def current() -> Fiber | None:
 class Fiber:
     """Made by `Fibers.start`."""
 
-    __slots__ = ("_coroutine", "_is_cut", "_is_ready", "_is_running", "_owner")
+    __slots__ = ("_coroutine", "_is_ready", "_is_running", "_owner", "is_cut")
 
     def __init__(self, owner: Fibers, coroutine: Coroutine[Any, Any, object]) -> None:
         self._owner = owner
         self._coroutine = coroutine
-        self._is_cut = self._is_running = self._is_ready = False
+        self.is_cut = self._is_running = self._is_ready = False
 
     def wake(self) -> None:
         """Go on at the end of this turn. Idempotent."""
@@ -55,25 +56,19 @@ class Fiber:
 
     def cancel(self) -> None:
         """Raise Cut where it waits, now; in a fiber that runs, where it waits next."""
-        if not self._is_cut:
-            self._is_cut = True
+        if not self.is_cut:
+            self.is_cut = True
             if not self._is_running:
-                self._step(Cut())
+                self.step(Cut())
 
     def resume(self) -> None:
         """For the reactor: it was woken."""
         if self._is_ready:
             self._is_ready = False
-            self._step(None)
+            self.step(None)
 
-    def park(self) -> Generator[object, None, None]:
-        """Wait for `wake()`; to be yielded from. Raises Cut."""
-        if not self._is_cut:
-            yield _PARKED
-        if self._is_cut:
-            raise Cut
-
-    def _step(self, error: BaseException | None) -> None:
+    def step(self, error: BaseException | None) -> None:
+        """For its owner: run until it waits again, with `error` raised where it waits."""
         global _current
         owner = self._owner
         if self not in owner.alive:
@@ -94,7 +89,7 @@ class Fiber:
             owner.reactor.report_bug(exc, self)
         else:
             if waits_for is not _PARKED:
-                self._step(RuntimeError(f"a fiber awaits {waits_for!r} of trio without in_task"))
+                self.step(RuntimeError(f"a fiber awaits {waits_for!r} of trio without in_task"))
         finally:
             self._is_running = False
             _current = before
@@ -117,7 +112,7 @@ class Fibers:
         """
         fiber = Fiber(self, coroutine)
         self.alive.add(fiber)
-        fiber._step(None)  # noqa: SLF001 - its other half
+        fiber.step(None)
 
     def cut(self) -> None:
         """Cancel all, now."""
@@ -158,13 +153,16 @@ class Signal:
         if self._event is not None:
             self._event.set()
 
-    @types.coroutine
-    def wait(self) -> Generator[Any, Any, None]:
-        """Until it is set. If cancelled: nothing is changed.
+    def wait(self) -> Awaitable[None]:
+        """Until it is set. If cancelled: nothing is changed."""
+        return self
 
-        A bare generator: thousands of connections wait here, and each `async def` is a frame.
+    def __await__(self) -> Generator[Any, Any, None]:
+        """As `wait`. A bare generator: thousands of connections wait here, and each `async def`
+        is a frame.
         """
-        if _current is None:
+        fiber = _current
+        if fiber is None:
             if self._event is None:
                 self._event = trio.Event()
                 if self.is_set:
@@ -172,10 +170,13 @@ class Signal:
             yield from self._event.wait().__await__()
             return
         while not self.is_set:
-            if self._fiber not in (None, _current):
+            if self._fiber not in (None, fiber):
                 raise RuntimeError("a second fiber waits for one signal")
-            self._fiber = _current
-            yield from _current.park()
+            self._fiber = fiber
+            if not fiber.is_cut:
+                yield _PARKED
+            if fiber.is_cut:
+                raise Cut
 
 
 async def in_task(nursery: trio.Nursery | None, fn: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:

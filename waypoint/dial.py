@@ -46,9 +46,11 @@ class Dialler:
         proxy, workload = self._proxy, candidate.workload
         seconds = seconds or proxy.config.connect_timeout_seconds
         ip = choose_address(workload, proxy.config.instance_ip, IpFamilies.AUTOMATIC)
-        if ip is None:
+        if ip is None and not workload.hostname:
             raise Unavailable(f"workload {workload.uid} has no address")
         with trio.move_on_after(seconds):
+            if ip is None:
+                ip = await _resolve(workload.hostname)
             if workload.tunnel_protocol is not TunnelProtocol.HBONE:
                 sock = await _connect(SocketAddress(ip, candidate.port))
                 return SocketTransport(proxy.reactor, sock, self._sockets)
@@ -99,6 +101,19 @@ class Dialler:
             connect_timeout=proxy.config.connect_timeout_seconds,
             budget=proxy.windows,
         )
+
+
+async def _resolve(hostname: str) -> str:
+    """An address of what is known by name alone, an external host. By the system's resolver,
+    as an absolute name: no search domain of the pod may answer for it. Raises Unavailable.
+    """
+    try:
+        found = await trio.socket.getaddrinfo(
+            f"{hostname.rstrip('.')}.", None, type=socket.SOCK_STREAM
+        )
+    except (OSError, UnicodeError) as exc:
+        raise Unavailable(f"{hostname} has no address: {exc}") from exc
+    return str(found[0][4][0])
 
 
 async def _connect(address: SocketAddress) -> socket.socket:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mesh.errors import RemoteProtocolError
 from mesh.http import h2_frames
@@ -27,9 +27,31 @@ if TYPE_CHECKING:
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 _PATH = re.compile(rb"/[!\"$-~]*+|\*")
 _SCHEMES = frozenset({b"http", b"https"})
-_READ_HERE = frozenset({b"host", b"cookie", b"content_length", b"transfer_encoding"})
-_NEEDED = frozenset({b":method", b":scheme", b":path"})
-_PSEUDO = _NEEDED | {b":authority"}
+_METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"PATCH", b"OPTIONS"})
+_METHOD_FIELD: Final = 1
+_SCHEME_FIELD: Final = 2
+_PATH_FIELD: Final = 3
+_AUTHORITY: Final = 4
+_PROTOCOL_FIELD: Final = 5
+_HOST: Final = 6
+_COOKIE: Final = 7
+_LENGTH: Final = 8
+_IN_DISGUISE: Final = 9
+_READ_HERE: Final = {
+    b":method": _METHOD_FIELD,
+    b":scheme": _SCHEME_FIELD,
+    b":path": _PATH_FIELD,
+    b":authority": _AUTHORITY,
+    b":protocol": _PROTOCOL_FIELD,
+    b"host": _HOST,
+    b"cookie": _COOKIE,
+    b"content-length": _LENGTH,
+    b"content_length": _IN_DISGUISE,
+    b"transfer_encoding": _IN_DISGUISE,
+}
+_COLON: Final = 0x3A
+_PSEUDO = "pseudo-headers are missing or unknown"
+_START = "a malformed method or path"
 _DISGUISED = "a framing field in disguise"
 _TOO_MANY = "too many fields"
 _CONNECT = "CONNECT is not served here"
@@ -130,46 +152,63 @@ class _DownStream(H2Stream):
 
     def read(self, pairs: Sequence[Pair], rng: RandomBytes) -> str:
         """Judge the head (RFC 9113 section 8.3); what is wrong with it, or empty text."""
-        pseudo: dict[bytes, bytes] = {}
+        method = scheme = path = b""
+        named: bytes | None = None
+        protocol: bytes | None = None
         rest: list[Pair] = []
         hosts: list[bytes] = []
         cookies: list[bytes] = []
-        is_disguised = False
+        is_disguised = has_length = False
         for pair in pairs:
-            name = pair[0]
-            if name[:1] == b":":
-                pseudo[name] = pair[1]
-                continue
-            if name in _READ_HERE:
-                if name == b"host":
-                    hosts.append(pair[1])
-                    continue
-                if name == b"cookie":
+            what = _READ_HERE.get(pair[0], 0)
+            if what == 0:
+                if pair[0][0] == _COLON:
+                    return _PSEUDO
+                rest.append(pair)
+            elif what == _METHOD_FIELD:
+                method = pair[1]
+            elif what == _SCHEME_FIELD:
+                scheme = pair[1]
+            elif what == _PATH_FIELD:
+                path = pair[1]
+            elif what == _AUTHORITY:
+                named = pair[1]
+            elif what == _PROTOCOL_FIELD:
+                protocol = pair[1]
+            elif what == _HOST:
+                hosts.append(pair[1])
+            else:
+                if what == _COOKIE:
                     cookies.append(pair[1])
+                elif what == _LENGTH:
+                    has_length = True
                 else:
                     is_disguised = True
-            rest.append(pair)
-        authority = pseudo.get(b":authority", hosts[0] if len(hosts) == 1 else b"")
-        method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
+                rest.append(pair)
+        authority = named
+        if authority is None:
+            authority = hosts[0] if len(hosts) == 1 else b""
         if method == b"CONNECT":
-            protocol = pseudo.pop(b":protocol", None)
             if protocol != extended_connect.WEBSOCKET:
                 return _CONNECT if protocol is None else _PROTOCOL
+            protocol = None
             method = b"GET"
             name, self._key = extended_connect.new_key(rng)
             rest = [pair for pair in rest if pair[0] != name]
             rest.append((name, self._key))
-        if not _NEEDED <= pseudo.keys() <= _PSEUDO:
-            return "pseudo-headers are missing or unknown"
-        if pseudo[b":scheme"] not in _SCHEMES:
+        if not method or not scheme or not path or protocol is not None:
+            return _PSEUDO
+        if scheme not in _SCHEMES:
             return _SCHEME
-        if not _METHOD.fullmatch(method) or not _PATH.fullmatch(path):
-            return "a malformed method or path"
+        if method not in _METHODS and not _METHOD.fullmatch(method):
+            return _START
+        if not _PATH.fullmatch(path):
+            return _START
         if path == b"*" and method != b"OPTIONS":
             return "a path that only OPTIONS has"
         if not authority or not is_host(authority) or hosts.count(authority) != len(hosts):
             return "a malformed authority, or two"
-        if not self.declare(rest) or (self._key and self.declared >= 0):
+        if has_length and (not self.declare(rest) or self._key):
             return "a malformed content-length"
         if is_disguised:
             return _DISGUISED
@@ -178,7 +217,7 @@ class _DownStream(H2Stream):
             rest.append((b"cookie", b"; ".join(cookies)))
         if len(rest) > MAX_FIELDS:
             return _TOO_MANY
-        self._head = (method, pseudo[b":scheme"], authority, path, rest)
+        self._head = (method, scheme, authority, path, rest)
         return ""
 
     def begin(self) -> None:

@@ -9,18 +9,30 @@ about each time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from mesh.authz import Permit
+from mesh.authz import ConnectionContext, Permit
 from mesh.errors import Refusal, RemoteProtocolError
 from mesh.hbone.head import parse_authority
 from mesh.identity import SpiffeId
 from mesh.model.store import Store
 from mesh.model.workload import Workload
-from ztunnel.connections import Judges
 from ztunnel.plan import InboundConnection, InboundPlan, plan_inbound
 
 MAX_REMEMBERED = 256
 _STATUS_BAD_REQUEST = 400
+
+
+class Judging(Protocol):
+    """Who knows the policy of each local workload: `ztunnel.connections.Judges`."""
+
+    def evaluate(self, workload: Workload, context: ConnectionContext) -> Permit | Refusal:
+        """Judge a connection to `workload`."""
+        ...
+
+    def rehearses(self, workload: Workload) -> bool:
+        """Whether dry-run policies have something to say about each connection to `workload`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,7 @@ class Admissions:
     """The decisions about one connection, which `arrived` so and was accepted as `own`."""
 
     def __init__(
-        self, arrived: InboundConnection, own: SpiffeId, store: Store, judges: Judges
+        self, arrived: InboundConnection, own: SpiffeId, store: Store, judges: Judging
     ) -> None:
         self._arrived = arrived
         self._own = own

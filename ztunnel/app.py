@@ -22,11 +22,12 @@ from typing import Any
 
 import trio
 
-from mesh import __version__
+from mesh import __version__, compiled
+from mesh.hbone.held import HeldBytes
 from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Changed, Store
 from mesh.reactor import Reactor
-from mesh.runtime import lifecycle, log, metrics
+from mesh.runtime import lifecycle, log, memory, metrics
 from mesh.runtime.admin import Readiness, metrics_app, readiness_app
 from mesh.runtime.lifecycle import Shutdown
 from mesh.runtime.tcp_metrics import TcpMetrics
@@ -49,6 +50,9 @@ from ztunnel.spans import end_span
 
 _log = log.get("app")
 
+# What stalled readers may hold: all that was granted, and the first windows of a thousand tunnels.
+_HELD_PER_WINDOW_BUDGET = 4
+
 
 async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     """Run until asked to stop, then drain. Raises ConfigError, KernelError.
@@ -56,6 +60,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
     If cancelled: every connection is cut.
     """
     lifecycle.raise_file_limit()
+    _log.info("starting", version=__version__, compiled=compiled.in_use)
     xds, authority = _endpoints(config)
     registry = metrics.new_registry("ztunnel", __version__)
     tracer = open_tracer(config, "ztunnel", _described(config), registry)
@@ -81,6 +86,7 @@ async def main(config: ZtunnelConfig, shutdown: Shutdown) -> None:
             start(access.run)
             start(metrics.expire_idle, tcp_metrics, node.dns_metrics)
             start(metrics.watch_loop_lag, registry)
+            start(memory.keep_small)
             if tracer is not None:
                 start(tracer.run)
             start(node.secrets.run)
@@ -140,6 +146,7 @@ def _node(
         dns_servers=read_resolv_conf(config.resolv_conf) if config.dns_capture else (),
         tracer=tracer,
         windows=WindowBudget(config.window_budget_bytes),
+        held=HeldBytes(_HELD_PER_WINDOW_BUDGET * config.window_budget_bytes),
     )
 
 
@@ -207,3 +214,10 @@ async def _run_pods(pods: Pods, has_state: trio.Event, synced: Any) -> None:
 
 def _report_bug(error: Exception, where: object) -> None:
     lifecycle.report_bug(f"reactor: {type(where).__name__}", error)
+
+
+def run() -> int:
+    """The daemon; its exit code."""
+    return lifecycle.start(
+        "ztunnel", ZtunnelConfig, main, grace_seconds=lambda config: config.drain_seconds + 1.0
+    )

@@ -100,7 +100,8 @@ class ZtunnelConfig(TracingSettings):
     window_budget_bytes: int = setting(
         env="RECEIVE_WINDOW_BUDGET",
         default=64 << 20,
-        doc="Receive window for all tunnels together, in bytes, beyond the first 256 KiB of each.",
+        doc="Receive window for all tunnels together, in bytes, beyond the first 256 KiB of each. "
+        "Four times as much may wait for applications that do not read, before tunnels are cut.",
     )
     connect_timeout_seconds: float = setting(
         env="CONNECT_TIMEOUT", default=10.0, doc="For TCP connections that we open."

@@ -11,8 +11,9 @@ workload got another identity is cut in both directions: it was opened in anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
+from typing import TypeAlias
 
 import trio
 
@@ -21,7 +22,6 @@ from mesh.authz import Compiler, ConnectionContext, Judge, Permit
 from mesh.errors import MeshError, Refusal
 from mesh.fiber import Cut, Fiber
 from mesh.hbone.relay import RelayResult
-from mesh.identity import SpiffeId
 from mesh.model.store import Changed, Store
 from mesh.model.workload import Workload
 from mesh.runtime import lifecycle, log
@@ -33,22 +33,42 @@ _BREATH = 100
 
 _log = log.get("connections")
 
+Limits: TypeAlias = "dict[Tracked, tuple[float, Callable[[], Refusal]]]"
+"""When the connections that may not take long are late, and what is said then."""
 
-@dataclass(slots=True, eq=False)
+
 class Tracked:
     """One connection. `context` is what policy judged, None for outbound ones, whose
     destination judges. `cut` says why it was cut.
     """
 
-    record: Record
-    pod_uid: str
-    workload_uid: str
-    identity: SpiffeId
-    context: ConnectionContext | None = None
-    work: Fiber | trio.CancelScope | None = None
-    cut: Refusal | None = None
+    __slots__ = (
+        "context",
+        "cut",
+        "identity",
+        "limits",
+        "pod_uid",
+        "record",
+        "work",
+        "workload_uid",
+    )
 
-    limits: dict[Tracked, tuple[float, Callable[[], Refusal]]] = field(default_factory=dict)
+    def __init__(
+        self,
+        record: Record,
+        pod_uid: str,
+        workload: Workload,
+        limits: Limits,
+        context: ConnectionContext | None = None,
+    ) -> None:
+        self.record = record
+        self.pod_uid = pod_uid
+        self.workload_uid = workload.uid
+        self.identity = workload.identity
+        self.context = context
+        self.work: Fiber | trio.CancelScope | None = None
+        self.cut: Refusal | None = None
+        self.limits = limits
 
     def limit(self, seconds: float, late: Callable[[], Refusal]) -> None:
         """What happens next must be over in `seconds`, give or take LIMIT_STEP_SECONDS, or the
@@ -136,7 +156,7 @@ class Connections:
         self._judges = judges
         self._journal = journal
         self._open: dict[Tracked, None] = {}
-        self._limits: dict[Tracked, tuple[float, Callable[[], Refusal]]] = {}
+        self._limits: Limits = {}
         self._policies_changed = False
         self._changed_workloads: set[str] = set()
         self._wake = trio.Event()
@@ -150,7 +170,7 @@ class Connections:
 
     def track(self, record: Record, pod_uid: str, workload: Workload) -> Tracked:
         """An outbound connection in the name of `workload`."""
-        return self._add(Tracked(record, pod_uid, workload.uid, workload.identity))
+        return self._add(Tracked(record, pod_uid, workload, self._limits))
 
     def admit(
         self,
@@ -162,7 +182,7 @@ class Connections:
     ) -> Tracked:
         """An inbound connection to `workload`; nobody gets in without a Permit."""
         record.policy, record.rule = permit.policy, permit.rule
-        return self._add(Tracked(record, pod_uid, workload.uid, workload.identity, context))
+        return self._add(Tracked(record, pod_uid, workload, self._limits, context))
 
     def opened(self, tracked: Tracked, counters: Callable[[], tuple[int, int]]) -> None:
         """Bytes flow from now on; `counters` gives them as (into the tunnel, out of it)."""
@@ -255,7 +275,6 @@ class Connections:
 
     def _add(self, tracked: Tracked) -> Tracked:
         self._open[tracked] = None
-        tracked.limits = self._limits
         return tracked
 
     def finish(self, tracked: Tracked, ending: Ending) -> None:

@@ -226,7 +226,7 @@ class DnsProxy:
         except RemoteProtocolError:
             return dns_plan.encode_format_error(query)
         workload = self._find_workload()
-        self._node.dns_metrics.request(_labels(question, protocol, workload))
+        self._node.dns_metrics.request(dns_labels(question.type_name, protocol, workload))
         if question.opcode != dns_plan.OPCODE_QUERY:
             return dns_plan.encode_failure(question, dns_plan.NOTIMP)
         if workload is None:
@@ -257,13 +257,14 @@ class DnsProxy:
             return dns_plan.encode_failure(question, dns_plan.SERVFAIL)
         finally:
             self._in_flight -= 1
-            labels = _labels(question, protocol, self._find_workload())
+            labels = dns_labels(question.type_name, protocol, self._find_workload())
             self._node.dns_metrics.upstream(labels, trio.current_time() - started, failed=failed)
 
 
-def _labels(question: Question, protocol: Protocol, workload: Workload | None) -> DnsLabels:
+def dns_labels(kind: str, protocol: Protocol, workload: Workload | None) -> DnsLabels:
+    """The labels of a question for records of `kind` that `workload` asked."""
     return DnsLabels(
-        question.type_name,
+        kind,
         protocol,
         (workload.canonical_name if workload else "") or UNKNOWN,
         (workload.canonical_revision if workload else "") or UNKNOWN,

@@ -149,6 +149,7 @@ async def _accept_connection(
         verify=lambda leaf: verify_client_peer(leaf, trust_domain),
         on_tunnel=_Tunnels(proxy, workload.identity).start,
         budget=proxy.windows,
+        held=proxy.held,
     )
 
 

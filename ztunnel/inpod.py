@@ -24,6 +24,7 @@ from mesh import sockets
 from mesh.errors import IdentityError, KernelError, Unavailable
 from mesh.fiber import Fibers, in_task
 from mesh.hbone.connection import TunnelConnection
+from mesh.hbone.held import HeldBytes
 from mesh.hbone.pool import Pool, PoolKey
 from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
@@ -72,6 +73,7 @@ class PodProxy:
         self.routes = Routes(node.store, node.rng)
         self.forwarder = Forwarder(node.dns_servers, namespace, node.rng)
         self.windows = WindowBudget(parent=node.windows)
+        self.held = HeldBytes(whole=node.held)
         self.fibers = Fibers(node.reactor)
         self.inbound_connections: set[TunnelConnection] = set()
         self.handshakes: Counter[str] = Counter()
@@ -255,6 +257,7 @@ class PodProxy:
             verify=lambda leaf: verify_server_peer(leaf, key.expected),
             connect_timeout=node.config.connect_timeout_seconds,
             budget=self.windows,
+            held=self.held,
         )
 
     # -- accepting
@@ -321,7 +324,7 @@ class PodProxy:
     async def _answer_dns(self) -> None:
         with self._answering:
             async with trio.open_nursery() as answering:
-                for kind in _DNS & self._listeners.keys():
+                for kind in _DNS.intersection(self._listeners):
                     listener = self._listeners[kind]
                     if kind in _UDP:
                         answering.start_soon(self._dns.serve_udp, listener, self.nursery)

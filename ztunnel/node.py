@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import trio
 
+from mesh.hbone.held import HeldBytes
 from mesh.http.receive_windows import WindowBudget
 from mesh.model.store import Store
 from mesh.reactor import Reactor
@@ -68,6 +69,7 @@ class Node:
     names: Names
     dns_servers: tuple[SocketAddress, ...]
     windows: WindowBudget
+    held: HeldBytes
     watch: StoreWatch = field(default_factory=StoreWatch)
     contexts: TlsContexts = field(default_factory=TlsContexts)
     tracer: Tracer | None = None

@@ -12,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import trio
+from mypy_extensions import mypyc_attr
 
 from mesh import sockets
 from mesh.errors import Denied, Refusal, Unavailable
@@ -23,6 +24,7 @@ from mesh.model.workload import Workload
 from mesh.sockets import SocketAddress
 from ztunnel.connections import Tracked
 from ztunnel.dial import dial
+from ztunnel.dns import dns_labels
 from ztunnel.plan import NextHop, OutboundPlan
 from ztunnel.record import Record
 from ztunnel.routes import Route, TunnelRoute
@@ -98,6 +100,8 @@ async def _resolve(proxy: PodProxy, hop: NextHop, tracked: Tracked) -> SocketAdd
         return SocketAddress(hop.host, hop.port)
     wants_v6 = tracked.record.source_address.startswith("[")
     resolve = functools.partial(proxy.forwarder.resolve, hop.host, wants_v6=wants_v6)
+    source = tracked.record.source
+    proxy.node.dns_metrics.on_demand(dns_labels("AAAA" if wants_v6 else "A", "udp", source))
     addresses = await in_task(proxy.nursery, resolve)
     return SocketAddress(proxy.node.rng.choice(addresses), hop.port)
 
@@ -164,6 +168,7 @@ async def _reach(
         _note_route(record, route)
 
 
+@mypyc_attr(native_class=False)
 class _Unreached(Exception):
     """There is no connection to the next hop, and nothing was sent there."""
 

@@ -8,7 +8,7 @@ this end put into the tunnel), the metrics by application (`received` is client 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from mesh.hbone.head import Baggage
@@ -51,37 +51,85 @@ class TcpSink(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class Record:
     """One connection's facts. `started` is a monotonic time in seconds.
 
     `counters` gives (bytes into the tunnel, bytes out of it) while the relay runs.
     """
 
-    id: str
-    direction: Direction
-    started: float
-    source_address: str = ""
-    destination_address: str = ""
-    original_destination: str = ""
-    hbone_address: str = ""
-    protocol: str = "TCP"
-    source: Workload | None = None
-    destination: Workload | None = None
-    service: Service | None = None
-    source_identity: SpiffeId | None = None
-    destination_identity: SpiffeId | None = None
-    peer_baggage: Baggage | None = None
-    is_mutual_tls: bool = False
-    policy: str = ""
-    rule: int | None = None
-    connection_id: str = ""
-    span: Span | None = None
-    counters: Callable[[], tuple[int, int]] | None = None
-    is_open: bool = False
-    is_finished: bool = False
-    _reported: tuple[int, int] = (0, 0)
-    _parties: _Parties | None = field(default=None, repr=False)
+    __slots__ = (
+        "_parties",
+        "_reported",
+        "connection_id",
+        "counters",
+        "destination",
+        "destination_address",
+        "destination_identity",
+        "direction",
+        "hbone_address",
+        "id",
+        "is_finished",
+        "is_mutual_tls",
+        "is_open",
+        "original_destination",
+        "peer_baggage",
+        "policy",
+        "protocol",
+        "rule",
+        "service",
+        "source",
+        "source_address",
+        "source_identity",
+        "span",
+        "started",
+    )
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - what the log calls it
+        direction: Direction,
+        started: float,
+        *,
+        source_address: str = "",
+        destination_address: str = "",
+        original_destination: str = "",
+        hbone_address: str = "",
+        protocol: str = "TCP",
+        source: Workload | None = None,
+        destination: Workload | None = None,
+        service: Service | None = None,
+        source_identity: SpiffeId | None = None,
+        destination_identity: SpiffeId | None = None,
+        peer_baggage: Baggage | None = None,
+        is_mutual_tls: bool = False,
+        policy: str = "",
+        rule: int | None = None,
+        connection_id: str = "",
+    ) -> None:
+        self.id = id
+        self.direction = direction
+        self.started = started
+        self.source_address = source_address
+        self.destination_address = destination_address
+        self.original_destination = original_destination
+        self.hbone_address = hbone_address
+        self.protocol = protocol
+        self.source = source
+        self.destination = destination
+        self.service = service
+        self.source_identity = source_identity
+        self.destination_identity = destination_identity
+        self.peer_baggage = peer_baggage
+        self.is_mutual_tls = is_mutual_tls
+        self.policy = policy
+        self.rule = rule
+        self.connection_id = connection_id
+        self.span: Span | None = None
+        self.counters: Callable[[], tuple[int, int]] | None = None
+        self.is_open = False
+        self.is_finished = False
+        self._reported = (0, 0)
+        self._parties: _Parties | None = None
 
     @property
     def labels(self) -> TcpLabels:
@@ -102,15 +150,24 @@ class Record:
         return to_tunnel - before[0], from_tunnel - before[1]
 
 
-@dataclass(frozen=True, slots=True)
 class Ending:
     """How a connection ended; `error` is empty after an orderly end of both directions."""
 
-    flag: str = "-"
-    error: str = ""
-    hint: str = ""
-    bytes_to_tunnel: int = 0
-    bytes_from_tunnel: int = 0
+    __slots__ = ("bytes_from_tunnel", "bytes_to_tunnel", "error", "flag", "hint")
+
+    def __init__(
+        self,
+        flag: str = "-",
+        error: str = "",
+        hint: str = "",
+        bytes_to_tunnel: int = 0,
+        bytes_from_tunnel: int = 0,
+    ) -> None:
+        self.flag = flag
+        self.error = error
+        self.hint = hint
+        self.bytes_to_tunnel = bytes_to_tunnel
+        self.bytes_from_tunnel = bytes_from_tunnel
 
 
 class Journal:

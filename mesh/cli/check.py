@@ -124,14 +124,31 @@ def find(read: Read) -> list[Finding]:
     found = [finding_of(error) for error in read.faults]
     together = check_objects([(obj, source) for _, obj, source in read.objects])
     suspects = {each.ref for each in together if each.severity is Severity.ERROR}
-    known = {(each.source, each.field, each.message) for each in together}
-    found += together
+    repaired: dict[Ref, _Trial] = {}
+    objects: list[tuple[Object, Source | None]] = []
     for ref, obj, source in read.objects:
         if ref in suspects:
-            for each in _errors_of(obj, source):
-                if (each.source, each.field, each.message) not in known:
-                    found.append(each)
-    return sorted(found, key=_place)
+            trial = _Trial(obj)
+            repaired.setdefault(ref, trial)
+            found += _errors_of(trial, source)
+            objects.append((trial.object, source))
+        else:
+            objects.append((obj, source))
+    for each in together:
+        # What is odd between objects is asked below, without what is wrong: a Service with a
+        # mistake in it is there all the same.
+        if each.severity is Severity.ERROR or each.ref in suspects:
+            found.append(each)
+    for each in check_objects(objects) if repaired else together:
+        mended = repaired.get(each.ref) if each.ref is not None else None
+        if each.severity is Severity.ERROR:
+            continue
+        if mended is None:
+            found.append(each)
+        elif (field := mended.place_of(each.field)) is not None:
+            found.append(replace(each, field=field))
+    told = {(each.source, each.ref, each.field, each.message): each for each in found}
+    return sorted(told.values(), key=_place)
 
 
 class _Trial:
@@ -141,6 +158,16 @@ class _Trial:
         self.object = copy.deepcopy(obj)
         # By identity of a list: which element of the original each of its elements was.
         self._origins: dict[int, list[int]] = {}
+        self.told: list[tuple[str | int, ...]] = []
+
+    def place_of(self, name: str) -> str | None:
+        """The original name of a field; None if it only misses what was taken out."""
+        where = self.original(split_path(name))
+        return None if self.is_told(where) else format_path(where)
+
+    def is_told(self, where: tuple[str | int, ...]) -> bool:
+        """Whether something there was wrong already."""
+        return any(earlier[: len(where)] == where for earlier in self.told)
 
     def original(self, path: Sequence[str | int]) -> tuple[str | int, ...]:
         """A path as it was before anything was taken out."""
@@ -181,11 +208,9 @@ class _Trial:
         return value
 
 
-def _errors_of(obj: Object, source: Source) -> Iterator[Finding]:
-    """All errors of one object."""
-    trial = _Trial(obj)
-    told: list[tuple[str | int, ...]] = []
-    while len(told) < MAX_FAULTS_OF_OBJECT:
+def _errors_of(trial: _Trial, source: Source) -> Iterator[Finding]:
+    """All errors of one object, which loses what is wrong."""
+    while len(trial.told) < MAX_FAULTS_OF_OBJECT:
         error = next(
             (e for e in check_objects([(trial.object, source)]) if e.severity is Severity.ERROR),
             None,
@@ -195,8 +220,8 @@ def _errors_of(obj: Object, source: Source) -> Iterator[Finding]:
         path = split_path(error.field)
         where = trial.original(path)
         # What only misses the part that we took out is no news.
-        if not any(earlier[: len(where)] == where for earlier in told):
-            told.append(where)
+        if not trial.is_told(where):
+            trial.told.append(where)
             yield replace(error, field=format_path(where))
         if not trial.take_out(path):
             return

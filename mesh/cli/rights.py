@@ -87,7 +87,9 @@ def controller_rights(values: Values) -> list[Object]:
             ),
             ("patch",),
         ),
-        _rule("networking.istio.io", ("destinationrules/status",), ("patch",)),
+        _rule(
+            "networking.istio.io", ("destinationrules/status", "serviceentries/status"), ("patch",)
+        ),
         _rule(
             "gateway.networking.x-k8s.io",
             ("xbackendtrafficpolicies/status", "xmeshes/status"),

@@ -47,15 +47,19 @@ class EntryPort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceEntry(Metadata):
-    """Services by host name. `selector` None: the endpoints are listed."""
+    """Services by host name. `selector` None: the endpoints are listed. `assigned` are addresses
+    that were allocated, by host; `conditions` the types of those that its status has.
+    """
 
     hosts: tuple[str, ...]
     addresses: tuple[str, ...] = ()
+    assigned: tuple[tuple[str, str], ...] = ()
     ports: tuple[EntryPort, ...] = ()
     resolution: str = "NONE"
     endpoints: tuple[Endpoint, ...] = ()
     selector: Mapping[str, str] | None = None
     subject_alt_names: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +84,12 @@ def parse_service_entry(obj: Object) -> ServiceEntry:
         if not _HOST.fullmatch(each.text().lower()):
             each.fail(f"not a host name: {shown(each.value)}")
     addresses = [_network(each) for each in spec.get("addresses").items()]
-    # Whoever allocates addresses writes them here.
-    given = Reader(obj).at("status", "addresses")
-    addresses = addresses or [_network(each.get("value")) for each in given.items()]
+    assigned = []
+    if not addresses:
+        # Whoever allocates addresses writes them here.
+        for each in Reader(obj).at("status", "addresses").items():
+            host = each.get("host").text() or (hosts[0] if len(hosts) == 1 else "")
+            assigned.append((host.lower(), _address(each.get("value"))))
     selector = spec.get("workloadSelector")
     endpoints = tuple(_endpoint(each) for each in spec.get("endpoints").items())
     resolution = spec.get("resolution").choice(RESOLUTIONS, "NONE")
@@ -94,11 +101,15 @@ def parse_service_entry(obj: Object) -> ServiceEntry:
         **read_metadata(obj),
         hosts=tuple(each.lower() for each in hosts),
         addresses=tuple(addresses),
+        assigned=tuple(assigned),
         ports=tuple(_port(each) for each in spec.get("ports").items()),
         resolution=resolution,
         endpoints=endpoints,
         selector=selector.get("labels").labels() if selector.exists else None,
         subject_alt_names=spec.get("subjectAltNames").texts(),
+        conditions=tuple(
+            each.get("type").text() for each in Reader(obj).at("status", "conditions").items()
+        ),
     )
 
 
@@ -116,6 +127,14 @@ def _network(address: Reader) -> str:
         return str(ipaddress.ip_address(text))
     except ValueError:
         address.fail(f"not an address or a CIDR block: {shown(text)}")
+
+
+def _address(address: Reader) -> str:
+    text = address.name()
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        address.fail(f"not an address: {shown(text)}")
 
 
 def _port(port: Reader) -> EntryPort:

@@ -21,6 +21,7 @@ from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication
 from mesh.cluster.shapes import unknown_fields
 from mesh.cluster.validate_authorizers import odd_authorizers
 from mesh.cluster.validate_pods import odd_pods
+from mesh.cluster.validate_policies import idle_rules
 from mesh.cluster.validate_traffic import odd_traffic
 from mesh.errors import ConfigError
 
@@ -246,6 +247,7 @@ def _odd_policies(checked: _Set) -> Iterator[_Remark]:
         elif not policy.rules:
             message = f"{policy.action} without rules never matches: it does nothing"
             yield policy.ref, "spec.rules", message, ""
+        yield from idle_rules(policy)
         if policy.selector and not policy.target_refs:
             everywhere = policy.namespace == checked.root_namespace
             yield from _idle_selector(checked, policy.ref, policy.selector, everywhere)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from mesh.cluster.api import Ref
+from mesh.cluster.entries import ServiceEntry
 from mesh.cluster.gateways import (
     GATEWAY_GROUP,
     USE_WAYPOINT,
@@ -40,6 +41,14 @@ MESH_PORTS = {
     15053: "the pod's DNS queries",
 }
 _POLICIES = (AuthorizationPolicy, RequestAuthentication, RateLimitPolicy, RedactionPolicy)
+#: What policies can be attached to.
+_GROUPS = {
+    "Service": "",
+    "ServiceEntry": "networking.istio.io",
+    "Gateway": GATEWAY_GROUP,
+    "HTTPRoute": GATEWAY_GROUP,
+    "GRPCRoute": GATEWAY_GROUP,
+}
 _CORRECT = "write the object, or correct the name"
 
 
@@ -75,6 +84,7 @@ def _unknown_waypoints(inventory: Inventory, pods: Pods) -> Iterator[Remark]:
     views: list[tuple[Ref, str, Metadata]] = [
         *((each.ref, "", each) for each in inventory.all(Namespace)),
         *((each.ref, "", each) for each in inventory.all(Service)),
+        *((each.ref, "", each) for each in inventory.all(ServiceEntry)),
         *((ref, prefix, pod) for ref, prefix, pod in pods),
     ]
     for ref, prefix, view in views:
@@ -277,9 +287,7 @@ def _idle_target(
         return
     if target.kind == "GatewayClass":
         return
-    kinds = ("Service", "Gateway", "HTTPRoute", "GRPCRoute")
-    expected = "" if target.kind == "Service" else GATEWAY_GROUP
-    if target.kind not in kinds or target.group != expected:
+    if _GROUPS.get(target.kind) != target.group:
         named = f"{target.group}/{target.kind}" if target.group else target.kind
         yield policy.ref, f"{field}.kind", f"a policy cannot be attached to {named}", ""
         return
@@ -296,6 +304,14 @@ def _idle_target(
                 )
                 hint = f"label it, or its namespace, {USE_WAYPOINT}"
                 yield policy.ref, field, message, hint
+        case ServiceEntry():
+            if named_gateway(view, inventory.get(Namespace, "", home)) is None:
+                message = f"{view.ref} goes through no waypoint that could enforce this"
+                hint = f"label it, or its namespace, {USE_WAYPOINT}"
+                yield policy.ref, field, message, hint
+            elif view.resolution == "NONE":
+                message = f"{view.ref} has resolution NONE: its waypoint answers with errors"
+                yield policy.ref, field, message, "list endpoints, or resolve by DNS"
         case RouteView():
             names = {rule.name for rule in view.rules}
             if target.section and target.section not in names:

@@ -88,6 +88,9 @@ def _known_code(code: int) -> Code:
 # ---- messages
 
 
+_SMALL = 16_000
+
+
 @dataclass(frozen=True, slots=True)
 class Serialized:
     """A message that is bytes already, in parts that follow each other.
@@ -102,6 +105,9 @@ class Serialized:
         """The framed message, in parts."""
         head, *rest = self.parts
         size = sum(map(len, self.parts))
+        if size <= _SMALL:
+            # A frame of its own for each part costs more than the copy.
+            return (_PREFIX.pack(0, size) + b"".join(self.parts),)
         return (_PREFIX.pack(0, size) + head, *rest)
 
 

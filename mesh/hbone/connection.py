@@ -18,11 +18,12 @@ import trio
 from mesh.errors import RemoteProtocolError, Unavailable
 from mesh.hbone.head import (
     ConnectHead,
-    ConnectResponse,
     encode_request,
-    encode_response,
     parse_request,
 )
+from mesh.hbone.held import HeldBytes
+from mesh.hbone.leftovers import Leftovers
+from mesh.hbone.relay import SocketEnd
 from mesh.hbone.tunnel import Tunnel
 from mesh.hbone.wire import LINGER_SECONDS, Wire
 from mesh.http import h2_frames as h2
@@ -66,10 +67,12 @@ class TunnelConnection(Wire):
         *,
         on_tunnel: Callable[[Tunnel], None] | None = None,
         budget: WindowBudget | None = None,
+        held: HeldBytes | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> None:
         super().__init__(reactor, session)
+        self.held = held
         self.peer = peer
         self._on_tunnel = on_tunnel
         self._ping_seconds = ping_seconds
@@ -82,6 +85,7 @@ class TunnelConnection(Wire):
             budget=budget,
         )
         self._parked: dict[Tunnel, None] = {}
+        self._leftovers = Leftovers(self.core)
         self._draining = False
         self._idle_since: float | None = trio.current_time()
         self._settled = trio.Event()
@@ -102,6 +106,7 @@ class TunnelConnection(Wire):
         connect_timeout: float = 10.0,
         handshake_timeout: float = 10.0,
         budget: WindowBudget | None = None,
+        held: HeldBytes | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> TunnelConnection:
@@ -127,6 +132,7 @@ class TunnelConnection(Wire):
                 session,
                 verify(session.peer_certificate_der()),
                 budget=budget,
+                held=held,
                 ping_seconds=ping_seconds,
                 ping_timeout_seconds=ping_timeout_seconds,
             )
@@ -162,6 +168,7 @@ class TunnelConnection(Wire):
         on_tunnel: Callable[[Tunnel], None],
         handshake_timeout: float = 10.0,
         budget: WindowBudget | None = None,
+        held: HeldBytes | None = None,
         ping_seconds: float = PING_SECONDS,
         ping_timeout_seconds: float = PING_TIMEOUT_SECONDS,
     ) -> TunnelConnection:
@@ -169,7 +176,7 @@ class TunnelConnection(Wire):
 
         `on_tunnel(tunnel)` is called for every good CONNECT, from `run()` on; it must not
         wait: it starts a task that calls `respond` or `refuse`, and `relay`. Malformed
-        CONNECTs are answered 400 without a call.
+        CONNECTs are answered 400, or reset, without a call.
         Takes `sock` over. Raises Unavailable, IdentityError. If cancelled: the socket is
         closed. Call `run` at once: nothing is read before.
         """
@@ -183,6 +190,7 @@ class TunnelConnection(Wire):
                 verify(session.peer_certificate_der()),
                 on_tunnel=on_tunnel,
                 budget=budget,
+                held=held,
                 ping_seconds=ping_seconds,
                 ping_timeout_seconds=ping_timeout_seconds,
             )
@@ -206,12 +214,13 @@ class TunnelConnection(Wire):
                     await self._closed.wait()
                     return
                 now = trio.current_time()
+                self._leftovers.tidy()
+                self.touch()
                 if self._closing:
                     if now - self._closing_at >= LINGER_SECONDS:
                         self._tear_down(None)
                 elif waiting_since is None or self._reads != reads:
                     self.core.ping(b"ambit%03d" % (self._reads % 1000))
-                    self.touch()
                     waiting_since, reads = now, self._reads
                 elif now - waiting_since >= self._ping_timeout_seconds:
                     self.close(f"no sign of life for {self._ping_timeout_seconds:g} s")
@@ -261,6 +270,7 @@ class TunnelConnection(Wire):
         if self.is_closed or self._draining:
             return
         self._draining = True
+        self._leftovers.dismiss_refused()
         if self._on_tunnel is None:
             self.core.goaway()
         else:
@@ -281,6 +291,16 @@ class TunnelConnection(Wire):
     def park(self, tunnel: Tunnel) -> None:
         """Resume `tunnel` when the connection takes bytes again."""
         self._parked[tunnel] = None
+
+    def linger(self, end: SocketEnd) -> None:
+        """Look after `end`, whose tunnel is over: it is to leave when its application has got all.
+
+        Nothing wakes us when that is so.
+        """
+        if self.is_closed:
+            end.leave(at_once=True)
+        else:
+            self._leftovers.lingering[end] = None
 
     def unpark(self, tunnel: Tunnel) -> None:
         """`tunnel` has ended."""
@@ -305,6 +325,7 @@ class TunnelConnection(Wire):
     def _torn_down(self, reason: str) -> None:
         self._settled.set()
         self._parked.clear()
+        self._leftovers.abandon()
         for stream in list(self.core.streams.values()):
             if isinstance(stream.owner, Tunnel):
                 stream.owner.on_lost(reason)
@@ -327,10 +348,7 @@ class TunnelConnection(Wire):
         try:
             head = parse_request(pairs)
         except RemoteProtocolError as exc:
-            refusal = ConnectResponse(exc.http_status)
-            self.core.send_headers(stream, encode_block(encode_response(refusal)), end_stream=True)
-            self.core.reset(stream, h2.NO_ERROR)
-            self.core.cheap_arrived("malformed requests")
+            self._leftovers.refuse(stream, pairs, exc)
             return
         tunnel = Tunnel(self, head)
         tunnel.bind(stream)
@@ -362,6 +380,8 @@ class TunnelConnection(Wire):
 
     def on_closed(self, stream: Stream) -> None:
         """One stream less."""
+        if self._leftovers.refused:
+            self._leftovers.refused.pop(stream.id, None)
         if not self.core.streams:
             self._idle_since = trio.current_time()
             self.touch()

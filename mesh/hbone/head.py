@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 
 Pair = tuple[bytes, bytes]
@@ -33,12 +35,18 @@ _USUAL_FORWARDED = re.compile(r'for="([^"\\,;]*)"(?:;host=([^\s";,]*))?')
 _WORKLOAD_KINDS: Final = ("deployment", "cronjob", "pod", "job")
 _KNOWN: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
 _AS_OURS: Final = (b":method", b":authority", b"baggage", b"forwarded", b"traceparent")
+_REQUEST_FIELDS: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
 _NOT_TOLD: Final = [""]
 CONNECTION_KEY: Final = "ambit.connection.id="
 _LAST_MEMBER: Final = f",{CONNECTION_KEY}"
 _CONNECTION_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _REMEMBERED_BAGGAGE: Final = 1024
 _FEW_HEADERS: Final = 4
+
+
+@mypyc_attr(native_class=False)
+class Malformed(RemoteProtocolError):
+    """A request that RFC 9113 (sections 8.3 and 8.5) forbids: a stream error, and no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +277,7 @@ def encode_request(head: ConnectHead) -> list[Pair]:
 
 
 def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
-    """Judge and read a CONNECT. Raises RemoteProtocolError (400).
+    """Judge and read a CONNECT. Raises RemoteProtocolError (400), Malformed for what is no HTTP.
 
     The authority is checked here, and kept in its canonical form.
     """
@@ -293,10 +301,17 @@ def parse_request(pairs: Iterable[Pair]) -> ConnectHead:
             pseudo[name] = value
         else:
             extra.append((name, value))
-    if pseudo.get(b":method") != b"CONNECT":
+    asked = pseudo.get(b":method")
+    if asked == b"CONNECT":
+        # With :protocol it would be an extended one (RFC 8441), which we do not offer.
+        if pseudo.keys() != {b":method", b":authority"}:
+            raise Malformed("a CONNECT has :method and :authority and nothing else")
+    elif not (asked and pseudo.get(b":scheme") and pseudo.get(b":path")):
+        raise Malformed("a request has :method, :scheme and :path")
+    elif pseudo.keys() - _REQUEST_FIELDS:
+        raise Malformed("a request has a pseudo-header that it may not have")
+    else:
         raise RemoteProtocolError("only CONNECT is served here")
-    if pseudo.keys() != {b":method", b":authority"}:
-        raise RemoteProtocolError("a CONNECT has :method and :authority and nothing else")
     return _read_request(
         pseudo[b":authority"].decode("latin-1"),
         known.get(b"baggage", []),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mesh.fiber import Signal
 from mesh.reactor import READABLE, WRITABLE, Reactor
@@ -20,8 +20,7 @@ _SCRATCH = memoryview(bytearray(READ_SIZE))
 _NO_WAIT = socket.MSG_DONTWAIT
 
 
-@dataclass(frozen=True, slots=True)
-class RelayResult:
+class RelayResult(NamedTuple):
     """How a relay ended: bytes towards the tunnel (for PlainRelay: from a to b) and from it
     (from b to a); `error` is None after an orderly end in both directions.
     """

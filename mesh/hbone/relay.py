@@ -32,7 +32,8 @@ _FRAMES = h2.FrameBuffer(READ_SIZE)
 _SCRATCH = memoryview(bytearray(READ_SIZE))
 _NO_WAIT = socket.MSG_DONTWAIT
 _MAX_VIEWS = 64
-_SIOCOUTQ = 0x5411
+TOO_MUCH_WAITS = "too much waits for those who do not read"
+_SIOCOUTQ, _SIOCINQ = 0x5411, 0x541B
 
 
 class Sink(Protocol):
@@ -72,6 +73,7 @@ class SocketEnd:
         "_discarding",
         "_events",
         "_fd",
+        "_held",
         "_pending",
         "_reactor",
         "_sink_ended",
@@ -89,6 +91,7 @@ class SocketEnd:
         self._reactor = reactor
         self._events = READABLE
         self._pending: bytearray | None = None
+        self._held = 0
         self._source_ended = False
         self._sink_ended = False
         self._discarding = False
@@ -165,6 +168,7 @@ class SocketEnd:
         if pending is not None:
             for view in views:
                 pending += view
+            self._hold(len(pending))
             return
         try:
             if len(views) == 1:
@@ -181,8 +185,16 @@ class SocketEnd:
         if sent < total:
             self._pending = _rest(views, sent)
             self._watch(self._events | WRITABLE)
+            self._hold(total - sent)
         if sent:
             self._tunnel.credit(sent)
+
+    def _hold(self, size: int) -> None:
+        """`size` bytes wait now; too many of them cut the tunnel."""
+        change, self._held = size - self._held, size
+        if change and not self._tunnel.hold(change):
+            self._abort()
+            self._tunnel.reset(h2.ENHANCE_YOUR_CALM, TOO_MUCH_WAITS)
 
     def on_writable(self) -> None:
         """Write what waits."""
@@ -198,6 +210,7 @@ class SocketEnd:
                 self._broken(exc)
                 return
             del pending[:sent]
+            self._hold(len(pending))
             if pending:
                 self._tunnel.lag()
             self._tunnel.credit(sent)
@@ -207,6 +220,8 @@ class SocketEnd:
         self._watch(self._events & ~WRITABLE)
         if self._sink_ended:
             self._shut(sock)
+        if self._discarding:
+            self.leave()
 
     def end(self) -> None:
         """Pass the orderly end on, after what waits."""
@@ -229,6 +244,19 @@ class SocketEnd:
             return
         self._discarding = True
         self._watch(self._events | READABLE)
+        if not self.leave():
+            self._tunnel.connection.linger(self)
+
+    def leave(self, *, at_once: bool = False) -> bool:
+        """Close, although the application has neither ended nor said anything: once it has got
+        everything, or `at_once`, which leaves that to the kernel. Whether it is closed.
+        """
+        sock = self._sock
+        if sock is None or self._pending is not None or _waiting(sock, _SIOCINQ):
+            return sock is None
+        if at_once or not _waiting(sock, _SIOCOUTQ):
+            self._close(None)
+        return self._sock is None
 
     def _discard(self, sock: socket.socket) -> None:
         try:
@@ -244,7 +272,7 @@ class SocketEnd:
                 self._close(None)
             else:
                 self._watch(self._events & ~READABLE)
-        elif self._pending is None and not _unacknowledged(sock):
+        elif self._pending is None and not _waiting(sock, _SIOCOUTQ):
             # Everything has arrived: closing now cannot take it away from the application.
             self._close(None)
 
@@ -265,6 +293,7 @@ class SocketEnd:
         sock, self._sock = self._sock, None
         if sock is not None:
             self._pending = None
+            self._hold(0)
             self._reactor.forget(self._fd)
             reset_on_close(sock)
             sock.close()
@@ -290,6 +319,7 @@ def _rest(views: Sequence[memoryview], sent: int) -> bytearray:
     return rest
 
 
-def _unacknowledged(sock: socket.socket) -> int:
-    (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"))
+def _waiting(sock: socket.socket, queue: int) -> int:
+    """The bytes that wait in one of the kernel's queues: not read yet, or not acknowledged."""
+    (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), queue, b"\0\0\0\0"))
     return int(count)

@@ -22,7 +22,7 @@ from mesh.hbone.head import (
     encode_response,
     parse_response,
 )
-from mesh.hbone.relay import RelayResult, Sink, SocketEnd
+from mesh.hbone.relay import TOO_MUCH_WAITS, RelayResult, Sink, SocketEnd
 from mesh.http import h2_frames as h2
 from mesh.http.h2_core import Stream
 from mesh.http.hpack_table import Pair, encode_block
@@ -143,7 +143,7 @@ class Tunnel:
         if self._sink is not None:
             raise LocalProtocolError("the tunnel has a local end already")
         self._sink = sink
-        early, self._early = self._early, None
+        early = self._take_early()
         if self.is_closed:
             sink.reset(h2.CANCEL)
             return
@@ -228,6 +228,15 @@ class Tunnel:
         self.connection.core.end(self._stream)
         self.connection.touch()
 
+    def hold(self, change: int) -> bool:
+        """So many bytes more (or less) wait for the local end; whether they may."""
+        held = self.connection.held
+        if held is None or change < 0:
+            if held is not None:
+                held.release(-change)
+            return True
+        return held.hold(change)
+
     def lag(self) -> None:
         """The local end does not take what is delivered as it comes."""
         self._stream.lagged = True
@@ -245,6 +254,7 @@ class Tunnel:
             return
         self._error = error
         self.is_closed = True
+        self._take_early()
         self._closed.set()
         self._answered.set()
         self.connection.unpark(self)
@@ -291,6 +301,14 @@ class Tunnel:
             early = self._early = bytearray()
         for view in views:
             early += view
+        if not self.hold(total):
+            self.reset(h2.ENHANCE_YOUR_CALM, TOO_MUCH_WAITS)
+
+    def _take_early(self) -> bytearray | None:
+        early, self._early = self._early, None
+        if early:
+            self.hold(-len(early))
+        return early
 
     def on_end(self) -> None:
         """END_STREAM."""
@@ -324,6 +342,5 @@ class Tunnel:
         if self.is_closed:
             return
         self.finish(reason)
-        self._early = None
         if self._sink is not None:
             self._sink.reset(code)

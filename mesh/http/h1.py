@@ -34,6 +34,10 @@ _RESPONSE = re.compile(
 )
 _FIELDS_ONLY = re.compile(_FIELDS)
 _HOST = re.compile(rb"[A-Za-z0-9._~\-]*+(?::[0-9]{0,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{0,5})?")
+_MOST_HOSTS: Final = 1024
+_LONGEST_HOST: Final = 128
+_good_hosts: Final[set[bytes]] = set()
+"""That were judged good before. Bounded: it is filled once, with the first that come."""
 _LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 # What would let HTTP go on under another framing, out of sight (h2c, HTTP/3, TLS/1.0).
 _NOT_UPGRADED_TO = (b"h2", b"h3", b"http", b"tls")
@@ -150,7 +154,13 @@ def _may_upgrade(protocols: bytes) -> bool:
 
 def is_host(authority: bytes) -> bool:
     """Whether this is a host, perhaps with a port, that nobody can read in two ways."""
-    return _HOST.fullmatch(authority) is not None
+    if authority in _good_hosts:
+        return True
+    if _HOST.fullmatch(authority) is None:
+        return False
+    if len(_good_hosts) < _MOST_HOSTS and len(authority) <= _LONGEST_HOST:
+        _good_hosts.add(authority)
+    return True
 
 
 _Special = tuple[list[bytes], list[bytes], list[bytes], set[bytes], bytes, bool, bool]

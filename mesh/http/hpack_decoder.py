@@ -1,9 +1,9 @@
 """FAST PATH: HPACK decoding (RFC 7541) of any encoder's blocks, with its dynamic table.
 
 One pass over a block, nothing copied but names and values. Huffman strings go through an automaton
-that takes a byte at a time: its transitions are found when they are first needed and kept, up to a
-number that no peer can raise. The hpack package gives the code's table, and the second opinion in
-the tests.
+that takes a byte at a time: its transitions are found when they are first needed, a row of 1 KiB
+for each of its 256 states. The hpack package gives the code's table, and the second opinion in the
+tests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 import hpack.huffman_constants
+from mypy_extensions import i64
 
 from mesh.errors import RemoteProtocolError
 
@@ -22,8 +23,9 @@ TABLE_SIZE: Final = 4096
 """Bytes of the dynamic table: the default of SETTINGS_HEADER_TABLE_SIZE, which we never change."""
 _ENTRY_OVERHEAD: Final = 32
 _LARGEST_INTEGER: Final = 1 << 28
-_MOST_TRANSITIONS: Final = 16_384
 _EOS: Final = 256
+_ENDED: Final = 255
+"""For the number of symbols: EOS is among them."""
 
 STATIC: Final[tuple[Pair, ...]] = (
     (b":authority", b""),
@@ -104,11 +106,13 @@ def broken(reason: str) -> RemoteProtocolError:
 class _Huffman:
     """The code of RFC 7541 appendix B as a tree, and what is known of its transitions by bytes.
 
-    A state is an inner node; `_zero` and `_one` have the node that a bit leads to, or -2 less the
-    symbol.
+    A state is an inner node, of which there are 256; `_zero` and `_one` have the node that a bit
+    leads to, or -2 less the symbol. A row has four bytes for each byte that may come next: the
+    state after it, how many symbols it completes (two at most, as none is shorter than five bits),
+    and these.
     """
 
-    __slots__ = ("_ends", "_known", "_one", "_zero")
+    __slots__ = ("_ends", "_one", "_rows", "_zero")
 
     def __init__(self) -> None:
         self._zero: list[int] = [-1]
@@ -123,7 +127,7 @@ class _Huffman:
         for _ in range(7):
             state = self._one[state]
             self._ends.add(state)
-        self._known: dict[int, tuple[bytes, int]] = {}
+        self._rows: list[bytes] = [b""] * len(self._zero)
 
     def _plant(self, symbol: int, code: int, length: int) -> None:
         state = 0
@@ -140,35 +144,48 @@ class _Huffman:
 
     def decode(self, data: bytes) -> bytes:
         """Raises RemoteProtocolError for EOS inside, or wrong padding."""
-        known = self._known
-        state = 0
-        parts: list[bytes] = []
-        for byte in data:
-            found = known.get(state << 8 | byte)
-            if found is None:
-                found = self._follow(state, byte)
-            text, state = found
-            if text:
-                parts.append(text)
+        rows = self._rows
+        state: i64 = 0
+        text: list[int] = []
+        size: i64 = len(data)
+        place: i64 = 0
+        while place < size:
+            row = rows[state]
+            if not row:
+                row = self._row(state)
+            at: i64 = data[place] << 2
+            place += 1
+            state = row[at]
+            count: i64 = row[at + 1]
+            if count:
+                text.append(row[at + 2])
+                if count > 1:
+                    if count == _ENDED:
+                        raise broken("a Huffman string holds its end")
+                    text.append(row[at + 3])
         if state not in self._ends:
             raise broken("a Huffman string is not padded as it has to be")
-        return b"".join(parts)
+        return bytes(text)
 
-    def _follow(self, state: int, byte: int) -> tuple[bytes, int]:
-        """The eight bits of `byte` from `state`: what they say, and the state after them."""
-        key = state << 8 | byte
-        text = bytearray()
-        for place in range(7, -1, -1):
-            state = self._one[state] if byte >> place & 1 else self._zero[state]
-            if state < 0:
-                if state == -2 - _EOS:
-                    raise broken("a Huffman string holds its end")
-                text.append(-2 - state)
-                state = 0
-        found = (bytes(text), state)
-        if len(self._known) < _MOST_TRANSITIONS:
-            self._known[key] = found
-        return found
+    def _row(self, state: int) -> bytes:
+        """Found when it is first needed: all of them would take a tenth of a second."""
+        row = bytearray()
+        for byte in range(256):
+            at, found = state, bytearray()
+            count = 0
+            for place in range(7, -1, -1):
+                at = self._one[at] if byte >> place & 1 else self._zero[at]
+                if at == -2 - _EOS:
+                    count, at = _ENDED, 0
+                    break
+                if at < 0:
+                    found.append(-2 - at)
+                    count += 1
+                    at = 0
+            row += bytes((at, count)) + bytes(found).ljust(2, b"\0")[:2]
+        made = bytes(row)
+        self._rows[state] = made
+        return made
 
 
 _huffman = _Huffman()

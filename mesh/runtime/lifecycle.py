@@ -10,10 +10,7 @@ Anything else is a bug: logged whole, exit code 1. `except Exception` exists onl
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import gc
 import os
 import resource
 import signal
@@ -26,7 +23,7 @@ import trio
 from mesh.errors import ConfigError, MeshError
 from mesh.reactor import SharedClock
 from mesh.runtime import config as settings
-from mesh.runtime import log
+from mesh.runtime import log, memory
 
 Ts = TypeVarTuple("Ts")
 C = TypeVar("C")
@@ -36,8 +33,6 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 DEFAULT_DRAIN_SECONDS = 5.0
-# Connections leave no cycles behind: looking for them after every 700 objects is wasted.
-_GARBAGE_BEFORE_LOOKING = 5000
 
 _log = log.get("lifecycle")
 
@@ -99,7 +94,7 @@ def start(
         return EXIT_OK
     except MeshError as exc:
         return _report_failure(name, exc)
-    _settle_memory()
+    memory.settle()
     shutdown = Shutdown()
     seconds = grace_seconds(config) if callable(grace_seconds) else grace_seconds
     return run(
@@ -117,17 +112,6 @@ def _start_log(config: object, origins: Mapping[str, settings.Origin]) -> None:
         log.configure(json=log_format == "json", level=getattr(config, "log_level", "info"))
     except ValueError as exc:
         raise ConfigError(str(exc), field=origins["log_level"].name or "log_level") from exc
-
-
-def _settle_memory() -> None:
-    """Give back what importing left behind (4 MiB in ztunnel), and keep the collector from
-    walking what will live as long as the process.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GARBAGE_BEFORE_LOOKING)
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def raise_file_limit() -> None:

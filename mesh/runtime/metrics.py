@@ -139,6 +139,9 @@ class DnsMetrics:
         self._failures = counter(
             "istio_dns_upstream_failures", "Forwarded questions without an answer"
         )
+        self._on_demand = counter(
+            "istio_on_demand_dns", "Endpoints known by name that were looked up for a connection"
+        )
         self._seconds = Histogram(
             "istio_dns_upstream_request_duration_seconds",
             "Time to an upstream answer",
@@ -163,13 +166,19 @@ class DnsMetrics:
         if failed:
             self._failures.labels(*values).inc()
 
+    def on_demand(self, labels: DnsLabels) -> None:
+        """The address of an endpoint that is known by name was looked up."""
+        self._on_demand.labels(*self._values(labels)).inc()
+
     def expire(self) -> int:
         """Forget label sets that were not touched for `idle_seconds`; returns how many."""
         oldest = self._clock() - self._idle
         stale = [values for values, used in self._last_used.items() if used < oldest]
         for values in stale:
             del self._last_used[values]
-            for each in (self._requests, self._upstream, self._failures, self._seconds):
+            for each in (
+                self._requests, self._upstream, self._failures, self._on_demand, self._seconds
+            ):  # fmt: skip
                 with contextlib.suppress(KeyError):  # not every question goes upstream
                     each.remove(*values)
         return len(stale)

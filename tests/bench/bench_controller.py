@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".bench" / "controller.json"
+# What takes longer is stuck; a client that lost its connection is counted wrongly, for example.
+MOST_SECONDS = 180.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -40,6 +44,14 @@ class Peer:
             cwd=ROOT,
             text=True,
         )
+        self._told: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._told.put(line)
+        self._told.put("")
 
     def tell(self, line: str) -> None:
         """Give it an order."""
@@ -49,8 +61,12 @@ class Peer:
 
     def hear(self) -> dict[str, Any]:
         """Its next answer."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        try:
+            line = self._told.get(timeout=MOST_SECONDS)
+        except queue.Empty:
+            raise SystemExit(
+                f"a process of the bench said nothing for {MOST_SECONDS:.0f} s; set BENCH_LOG=1"
+            ) from None
         if not line:
             raise SystemExit("a process of the bench ended too early; set BENCH_LOG=1 to see why")
         answer: dict[str, Any] = json.loads(line)

@@ -247,8 +247,8 @@ def envoy_binary() -> str:
 class Loader:
     """load_l7.py, asked line by line."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process, self._log = process, log
         self._read()
 
     def ask(self, **order: object) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class Loader:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the load broke off")
+            raise RuntimeError(f"the load broke off: {self._log.read_text()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -400,7 +400,7 @@ async def line_up(
             stdout=subprocess.PIPE,
         )
     )
-    loader = Loader(load)
+    loader = Loader(load, directory / "load.log")
     envoy = Contender("envoy", THEIRS)
     for feature in ("routing", "policy", "telemetry", "h2"):
         port = free_port()

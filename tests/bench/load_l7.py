@@ -168,6 +168,7 @@ class Secure:
 
     def __init__(self, loop: Loop, sock: socket.socket, context: ssl.SSLContext, *, server: bool):
         self.loop, self.sock = loop, sock
+        self._is_server = server
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_side=server)
         self._said = bytearray()
@@ -185,7 +186,7 @@ class Secure:
 
     def flush(self) -> None:
         """Encrypt and send."""
-        if not self.is_ready:
+        if not self.is_ready or self.sock.fileno() < 0:
             return
         if self._said:
             said, self._said = self._said, bytearray()
@@ -197,19 +198,26 @@ class Secure:
             sent = self.sock.send(data)
         except BlockingIOError:
             sent = 0
+        except OSError as error:
+            if not self._is_server:
+                raise SystemExit(f"a connection broke: {error}") from error
+            return
         self._unsent = data[sent:]
         self.loop.watch(self.sock.fileno(), writable=bool(self._unsent))
 
     def on_events(self) -> None:
         """Readable, or writable."""
-        if self._unsent:
+        if self._unsent and self.is_ready:
             self.flush()
         try:
             data = self.sock.recv(1 << 18)
         except BlockingIOError:
             return
         except OSError as error:
-            raise SystemExit(f"a connection broke: {error}") from error
+            if not self._is_server:
+                raise SystemExit(f"a connection broke: {error}") from error
+            # A proxy gives up connections that nobody uses; a request lost so has no answer of 200.
+            data = b""
         if not data:
             self.loop.remove(self.sock.fileno())
             self.sock.close()

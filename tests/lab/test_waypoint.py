@@ -122,6 +122,7 @@ def apply(lab: TestLab) -> Iterator[Callable[..., None]]:
         group = {
             "HTTPRoute": "gateway.networking.k8s.io/v1",
             "AuthorizationPolicy": "security.istio.io/v1",
+            "ServiceEntry": "networking.istio.io/v1",
         }.get(kind, "ambit.dev/v1alpha1")
         metadata = {"name": name, "namespace": "shop"}
         lab.client.apply({"apiVersion": group, "kind": kind, "metadata": metadata, "spec": spec})
@@ -342,6 +343,44 @@ def _refused(lab: TestLab, ip: str) -> None:
     assert not said.stdout
 
 
+def test_an_external_host_goes_through_it(lab: TestLab, apply: Callable[..., None]) -> None:
+    (address, *_) = [
+        each["status"]["podIP"]
+        for each in lab.client.get("Pod", "shop")
+        if each["metadata"].get("labels", {}).get("app") == "api"
+    ]
+    host = "api.partner.example"
+    spec = {
+        "hosts": [host],
+        "resolution": "STATIC",
+        "ports": [{"number": 80, "name": "http", "protocol": "HTTP", "targetPort": 8080}],
+        "endpoints": [{"address": address}],
+    }
+    apply("ServiceEntry", "partner", spec)
+
+    def reached() -> None:
+        assert ask(lab, "/", host=host)[0][0] == 200
+
+    eventually(reached)
+    outside = {"group": "networking.istio.io", "kind": "ServiceEntry", "name": "partner"}
+    rules = [{"to": [{"operation": {"methods": ["PUT"]}}]}]
+    policy = {"targetRefs": [outside], "action": "DENY", "rules": rules}
+    apply("AuthorizationPolicy", "partner", policy)
+
+    def judged() -> None:
+        assert ask(lab, "/", host=host, method="PUT")[0][0] == 403
+        assert ask(lab, "/", host=host)[0][0] == 200
+
+    eventually(judged)
+
+    def told() -> None:
+        (entry,) = lab.client.get("ServiceEntry", "shop")
+        given = entry.get("status", {}).get("addresses", [{"value": ""}])
+        assert given[0]["value"].startswith("240.240.")
+
+    eventually(told)
+
+
 def test_values_are_taken_out_of_the_traffic(lab: TestLab, apply: Callable[..., None]) -> None:
     rules = [{"detector": "email", "action": {"type": "mask"}}]
     apply("RedactionPolicy", "hide", {"targetRefs": [API], "rules": rules})
@@ -425,6 +464,42 @@ def test_replicas_come_and_go_under_load(lab: TestLab, tmp_path: Path) -> None:
     deployment["spec"]["replicas"] = 1
     lab.client.apply(deployment)
     _waypoints(lab, 1)
+
+
+def test_a_service_moves_to_another_waypoint_and_back_without_a_failed_request(
+    lab: TestLab, tmp_path: Path
+) -> None:
+    done = ambit(lab, "waypoint", "apply", "-n", "shop", "--name", "second", "--wait")
+    assert done.returncode == 0, done.stderr
+    (service,) = (e for e in lab.client.get("Service", "shop") if e["metadata"]["name"] == "api")
+
+    def uses(name: str) -> Callable[[], None]:
+        def check() -> None:
+            (found,) = (
+                e for e in lab.client.get("Service", "shop") if e["metadata"]["name"] == "api"
+            )
+            (bound,) = (
+                e
+                for e in found.get("status", {}).get("conditions", [])
+                if e["type"] == "istio.io/WaypointBound"
+            )
+            assert bound["message"].endswith(f"waypoint shop/{name}")
+
+        return check
+
+    with _load(lab, tmp_path) as told:
+        for name in ("second", "waypoint"):
+            service["metadata"].setdefault("labels", {})["istio.io/use-waypoint"] = name
+            lab.client.apply(service)
+            eventually(uses(name))
+            ask(lab, count=20)
+    assert told["new"] > 50
+    assert told["kept"] > 50
+    assert told["failed"] == []
+    del service["metadata"]["labels"]["istio.io/use-waypoint"]
+    lab.client.apply(service)
+    done = ambit(lab, "waypoint", "delete", "second", "-n", "shop")
+    assert done.returncode == 0, done.stderr
 
 
 def _is_replaced(lab: TestLab, before: set[str]) -> None:

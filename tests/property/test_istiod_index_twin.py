@@ -112,7 +112,14 @@ def objects(draw) -> dict:
                 spec["workloadSelector"] = {"labels": {"app": draw(APPS)}}
             elif draw(st.booleans()):
                 spec |= {"resolution": "STATIC", "endpoints": [{"address": "10.5.0.1"}]}
-            return _object(kind, "networking.istio.io/v1", namespace, name, spec=spec)
+            return _object(
+                kind,
+                "networking.istio.io/v1",
+                namespace,
+                name,
+                metadata={"labels": use},
+                spec=spec,
+            )
         case "WorkloadEntry":
             spec = {"address": "10.5.0.2", "labels": {"app": draw(APPS)}, "ports": {"p": 81}}
             return _object(kind, "networking.istio.io/v1", namespace, name, spec=spec)

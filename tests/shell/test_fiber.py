@@ -140,10 +140,13 @@ async def test_bugs_are_reported_and_end_that_fiber_only() -> None:
         async def trio_without_task() -> None:
             await trio.sleep(0.01)
 
+        async def waits() -> None:
+            await other.wait()
+
         loop.fibers.start(trio_without_task())
         assert [type(each) for each in loop.bugs] == [RuntimeError]
         other = Signal()
-        loop.fibers.start(other.wait())
+        loop.fibers.start(waits())
         loop.fibers.start(bug())
         signal.set()
         while len(loop.bugs) < 2:
@@ -231,7 +234,11 @@ def test_under_the_shared_clock_fibers_tasks_and_timers_all_go_on() -> None:
             assert answers == list(range(rounds))
             # From another thread, too.
             signal = Signal()
-            loop.fibers.start(signal.wait())
+
+            async def wait() -> None:
+                await signal.wait()
+
+            loop.fibers.start(wait())
             token = trio.lowlevel.current_trio_token()
             await trio.to_thread.run_sync(token.run_sync_soon, signal.set)
             await loop.fibers.wait_ended()

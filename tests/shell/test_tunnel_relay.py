@@ -16,6 +16,8 @@ import trio
 
 from mesh.hbone.connection import Tunnel
 from mesh.hbone.head import ConnectHead
+from mesh.hbone.held import HeldBytes
+from mesh.hbone.relay import TOO_MUCH_WAITS
 from mesh.http import h2_frames as h2
 from mesh.http.h2_core import H2Core
 from tests.support.tunnels import Link, open_link, tcp_pair
@@ -262,6 +264,38 @@ def _held(streams: list[Any]) -> int:
     return sum(len(served._sink._pending or b"") for _, _, _, served in streams)
 
 
+async def test_what_stalled_readers_hold_together_is_bounded() -> None:
+    node = HeldBytes(1 << 20)
+    async with open_link(held=HeldBytes(whole=node)) as link:
+        streams = [await link.pipe() for _ in range(16)]
+        for _, far, _, served in streams:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            served._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+        async def flood(near: trio.SocketStream) -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while True:
+                    await near.send_all(bytes(1 << 16))
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for near, *_ in streams:
+                    nursery.start_soon(flood, near)
+                ends = [served for *_, served in streams]
+                while not any(served.is_closed for served in ends):
+                    await trio.sleep(0.01)
+                    assert node.used <= (1 << 20) + (1 << 18)
+                nursery.cancel_scope.cancel()
+        assert {served._error for served in ends if served.is_closed} == {TOO_MUCH_WAITS}
+        assert not all(served.is_closed for served in ends)
+        assert 0 < node.used <= (1 << 20) + (1 << 18)
+        for *_, tunnel, _ in streams:
+            tunnel.reset()
+        with trio.fail_after(30):
+            while node.used:
+                await trio.sleep(0.01)
+
+
 async def test_death_of_the_peer_resets_every_application() -> None:
     async with open_link() as link:
         pipes = [await link.pipe() for _ in range(3)]
@@ -428,6 +462,43 @@ async def test_an_ended_application_still_gets_what_waits_for_it() -> None:
             assert len(await _all(near)) == size
             assert (await tunnel.wait_closed()).error is None
         assert tunnel.received == size
+
+
+async def test_a_silent_application_is_let_go_after_a_polite_reset() -> None:
+    """It got everything, and whom it could answer is gone: no socket waits for it for ever."""
+    async with open_link(server_options={"ping_seconds": 0.05}) as link:
+        near, far, tunnel, served = await link.pipe()
+        await near.send_all(b"bye")
+        await near.send_eof()
+        assert await _all(far) == b"bye"
+        link.client.core.reset(tunnel._stream, h2.NO_ERROR)
+        link.client.touch()
+        with trio.fail_after(30):
+            assert (await served.wait_closed()).error is None
+        assert served._sink._sock is None
+        tunnel.reset()
+
+
+async def test_a_silent_application_gets_everything_before_it_is_let_go() -> None:
+    async with open_link(server_options={"ping_seconds": 0.05}) as link:
+        near, far, tunnel, served = await link.pipe()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        served._sink._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        size = 48 << 10
+        await near.send_all(bytes(size))
+        await near.send_eof()
+        with trio.fail_after(30):
+            while not served._stream.remote_ended:
+                await trio.sleep(0.01)
+        link.client.core.reset(tunnel._stream, h2.NO_ERROR)
+        link.client.touch()
+        with trio.fail_after(30):
+            while not link.servers[0]._leftovers.lingering:
+                await trio.sleep(0.01)
+            assert len(await _all(far)) == size
+            assert (await served.wait_closed()).error is None
+        assert not link.servers[0]._leftovers.lingering
+        tunnel.reset()
 
 
 async def test_everything_said_before_the_relay_starts_is_kept() -> None:

@@ -20,6 +20,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from mesh import netns
+from mesh.hbone.held import HeldBytes
 from mesh.http.receive_windows import WindowBudget
 from mesh.identity import SpiffeId
 from mesh.model.authorization import Authorization
@@ -246,6 +247,7 @@ async def captured_mesh(
                     names=Names(),
                     dns_servers=dns_servers,
                     windows=WindowBudget(64 << 20),
+                    held=HeldBytes(256 << 20),
                 )
                 nursery.start_soon(reactor.run)
                 nursery.start_soon(node.secrets.run)

@@ -12,6 +12,7 @@ import trio
 
 from mesh.hbone.connection import Tunnel, TunnelConnection
 from mesh.hbone.head import ConnectHead
+from mesh.hbone.held import HeldBytes
 from mesh.reactor import Reactor
 from mesh.sockets import SocketAddress
 from mesh.tls.context import (
@@ -102,6 +103,7 @@ async def open_link(
     on_tunnel: Callable[[Link, Tunnel], None] = _noted,
     dial: bool = True,
     server_options: dict[str, float] | None = None,
+    held: HeldBytes | None = None,
 ) -> AsyncIterator[Link]:
     """A reactor, a listener and (with `dial`) one client connection."""
     bugs: list[Exception] = []
@@ -121,6 +123,7 @@ async def open_link(
                     SERVER_CONTEXT,
                     verify=lambda der: verify_client_peer(der, "cluster.local"),
                     on_tunnel=functools.partial(on_tunnel, link),
+                    held=held,
                     **(server_options or {}),
                 )
                 link.servers.append(connection)

@@ -420,6 +420,12 @@ async def test_an_endpoint_known_by_name_is_resolved_in_the_pod() -> None:
         udp.start_thread()
         try:
             assert await ask(await curl.connect(VIP, 80), b"x") == (curl.ip, b"x")
+            assert [
+                (sample.labels["source_canonical_service"], sample.value)
+                for metric in mesh.registry.collect()
+                for sample in metric.samples
+                if sample.name == "istio_on_demand_dns_total"
+            ] == [("curl", 1.0)]
         finally:
             await trio.to_thread.run_sync(udp.stop)
             udp.server.server_close()

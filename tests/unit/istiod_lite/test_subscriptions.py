@@ -380,3 +380,36 @@ def test_what_a_client_claims_to_hold_counts_when_it_is_so():
     version = session.current.of(ADDRESS_TYPE)[A.uid].version
     session.open(initial_resource_versions={A.uid: version})
     assert session.state.holds(ADDRESS_TYPE, A.uid) is Holding.HELD
+
+
+def test_clients_that_are_told_the_same_share_its_bytes() -> None:
+    first, second = snapshot(A, B), snapshot(replace(A, node="n9"))
+    clients = [ClientState(first), ClientState(first), ClientState(first)]
+    for each in clients:
+        each.receive(DeltaDiscoveryRequest(node=NODE, type_url=ADDRESS_TYPE))
+        (response,) = each.responses()
+        each.receive(DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, response_nonce=response.nonce))
+        each.offer(second, diff(first, second))
+    one, other, third = (each.answers()[0] for each in clients)
+    assert one.parts[1] is other.parts[1] is third.parts[1]
+    told = DeltaDiscoveryResponse.FromString(b"".join(one.parts))
+    assert (names(told), list(told.removed_resources)) == ([A.uid], [B.uid])
+
+
+def test_what_is_new_to_one_and_gone_for_another_is_not_mixed_up() -> None:
+    current = snapshot(A, B)
+    found = {}
+    for wanted, left in ((A.uid, B.uid), (B.uid, A.uid)):
+        client = ClientState(current)
+        held = {left: current.of(ADDRESS_TYPE)[left].version}
+        client.receive(
+            DeltaDiscoveryRequest(
+                node=NODE,
+                type_url=ADDRESS_TYPE,
+                resource_names_subscribe=[wanted],
+                initial_resource_versions=held,
+            )
+        )
+        (response,) = client.responses()
+        found[wanted] = (names(response), list(response.removed_resources))
+    assert found == {A.uid: ([A.uid], [B.uid]), B.uid: ([B.uid], [A.uid])}

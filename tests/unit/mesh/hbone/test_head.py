@@ -13,6 +13,7 @@ from mesh.hbone.head import (
     ConnectHead,
     ConnectResponse,
     Forwarded,
+    Malformed,
     encode_baggage,
     encode_forwarded,
     encode_request,
@@ -197,18 +198,33 @@ def test_the_authority_becomes_canonical_and_a_bad_trace_is_dropped() -> None:
     "pairs",
     [
         [],
-        [(b":method", b"GET"), (b":authority", b"a:80"), (b":path", b"/"), (b":scheme", b"http")],
+        [(b":method", b"GET"), (b":authority", b"a:80"), (b":path", b"/")],
         [(b":method", b"CONNECT")],
         [(b":method", b"connect"), (b":authority", b"a:80")],
-        [(b":method", b"CONNECT"), (b":authority", b"")],
         [(b":method", b"CONNECT"), (b":authority", b"a:80"), (b":path", b"/")],
         [(b":method", b"CONNECT"), (b":authority", b"a:80"), (b":protocol", b"websocket")],
         [(b":method", b"CONNECT"), (b":authority", b"a:80"), (b":status", b"200")],
     ],
 )
+def test_what_is_no_request(pairs: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(Malformed) as caught:
+        parse_request(pairs)
+    assert caught.value.h2_code == 1
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(b":method", b"GET"), (b":authority", b"a:80"), (b":path", b"/"), (b":scheme", b"http")],
+        [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http")],
+        [(b":method", b"CONNECT"), (b":authority", b"")],
+        [(b":method", b"CONNECT"), (b":authority", b"a")],
+    ],
+)
 def test_what_is_no_connect(pairs: list[tuple[bytes, bytes]]) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         parse_request(pairs)
+    assert not isinstance(caught.value, Malformed)
     assert caught.value.http_status == 400
 
 
