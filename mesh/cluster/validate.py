@@ -21,7 +21,7 @@ from mesh.cluster.policies import AuthorizationPolicy, PeerAuthentication
 from mesh.cluster.shapes import unknown_fields
 from mesh.cluster.validate_authorizers import odd_authorizers
 from mesh.cluster.validate_pods import odd_pods
-from mesh.cluster.validate_policies import idle_rules
+from mesh.cluster.validate_policies import idle_rules, unseen_rules
 from mesh.cluster.validate_traffic import odd_traffic
 from mesh.errors import ConfigError
 
@@ -69,6 +69,7 @@ class _Set:
 
     inventory: Inventory
     root_namespace: str
+    is_translated: bool = True
     refs: list[Ref] = field(default_factory=list)
     pods: list[tuple[Ref, str, Pod]] = field(default_factory=list)
 
@@ -80,14 +81,18 @@ def finding_of(error: ConfigError, ref: Ref | None = None) -> Finding:
 
 
 def check(
-    objects: Iterable[tuple[Object, Source | None]], root_namespace: str = "istio-system"
+    objects: Iterable[tuple[Object, Source | None]],
+    root_namespace: str = "istio-system",
+    *,
+    is_translated: bool = True,
 ) -> list[Finding]:
     """Everything that is wrong or odd about these objects, in the order of the checks.
 
-    Policies of `root_namespace` are for the whole mesh.
+    Policies of `root_namespace` are for the whole mesh. Where no controller translates the objects
+    as well (not `is_translated`), what it would say of them is said here.
     """
     findings: list[Finding] = []
-    checked = _Set(Inventory(), root_namespace)
+    checked = _Set(Inventory(), root_namespace, is_translated)
     places: dict[Ref, Source | None] = {}
     for obj, source in objects:
         try:
@@ -248,6 +253,8 @@ def _odd_policies(checked: _Set) -> Iterator[_Remark]:
             message = f"{policy.action} without rules never matches: it does nothing"
             yield policy.ref, "spec.rules", message, ""
         yield from idle_rules(policy)
+        if not checked.is_translated:
+            yield from unseen_rules(policy)
         if policy.selector and not policy.target_refs:
             everywhere = policy.namespace == checked.root_namespace
             yield from _idle_selector(checked, policy.ref, policy.selector, everywhere)

@@ -26,6 +26,12 @@ def idle_rules(policy: AuthorizationPolicy) -> Iterator[_Remark]:
         for number, condition in enumerate(rule.conditions):
             pair = ("values", condition.values, condition.not_values)
             yield from _never(policy, f"{field}.when[{number}]", [pair])
+
+
+def unseen_rules(policy: AuthorizationPolicy) -> Iterator[_Remark]:
+    """Rules that ask for HTTP where nobody sees it. The controller tells of those it translates."""
+    for index, rule in enumerate(policy.rules):
+        field = f"spec.rules[{index}]"
         if rule.needs_http and not policy.target_refs and policy.action in ("ALLOW", "DENY"):
             what = (
                 "is left out"

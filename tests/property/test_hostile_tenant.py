@@ -297,6 +297,7 @@ def test_the_honest_are_told_of():
         "GatewayClass",
         "XMesh",
         "XBackendTrafficPolicy",
+        "ConfigMap",
         "NetworkPolicy",
         "TCPRoute",
         "TLSRoute",

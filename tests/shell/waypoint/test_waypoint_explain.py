@@ -192,7 +192,7 @@ def _compare_with_page(lines: str) -> None:
     told = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     above = set(re.findall(r"^\| `([^`]+)` \|", page.partition(own)[0], re.MULTILINE))
     assert not written - told - above
-    assert told - written <= {"grpc_status", "connection.id", "uninspected"}
+    assert told - written <= {"grpc_status", "connection.id", "uninspected", "ext_authz"}
 
 
 async def test_nonsense_is_refused() -> None:
