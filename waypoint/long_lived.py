@@ -2,7 +2,9 @@
 
 A WebSocket or a gRPC stream lives for hours and is one request to policy. When policy changes that
 request is judged again as it came; what would be refused now is cut. Only authorization is asked: a
-limit counts beginnings, and a token that ends later was good when it was shown.
+limit counts beginnings, and a token that ends later was good when it was shown. An external
+authorizer whom a CUSTOM policy names since then cannot be asked in the middle: the caller has to
+come again.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from waypoint.filters.authorize import Authorize
-from waypoint.filters.chain import Headers, Pair, Respond
+from waypoint.filters.chain import Headers, Pair, Request, Respond, Verdict
+from waypoint.filters.ext_authz import ExternalAuthorization, refusal
 
 if TYPE_CHECKING:
     from waypoint.exchange import Exchange
@@ -47,17 +50,37 @@ class LongLived:
 
     def rejudge(self) -> None:
         """Policy may have changed since."""
-        traffic = self._exchange.inbound.traffic()
-        if traffic is self._judged_by:
+        before, traffic = self._judged_by, self._exchange.inbound.traffic()
+        if traffic is before:
             return
         self._judged_by = traffic
         for each in traffic.filters:
+            verdict: Verdict = None
             if isinstance(each, Authorize):
-                request = replace(self._exchange.request)  # what the token said is known by now
-                request.method, request.authority, request.path, request.query, pairs = self._seen
-                request.headers = Headers(pairs.copy())
-                request.notes = {}
-                verdict = each.on_request(request)
-                if isinstance(verdict, Respond):
-                    self._exchange.cut_by_policy(verdict)
-                    return
+                verdict = each.on_request(self._request())
+            elif isinstance(each, ExternalAuthorization):
+                verdict = self._unasked(each, before)
+            if isinstance(verdict, Respond):
+                self._exchange.cut_by_policy(verdict)
+                return
+
+    def _request(self) -> Request:
+        request = replace(self._exchange.request)  # what the token said is known by now
+        request.method, request.authority, request.path, request.query, pairs = self._seen
+        request.headers = Headers(pairs.copy())
+        request.notes = {}
+        return request
+
+    def _unasked(self, now: ExternalAuthorization, before: Traffic) -> Respond | None:
+        """A refusal, if somebody would be asked now who was not."""
+        request = self._request()
+        asked = {
+            (policy, provider)
+            for each in before.filters
+            if isinstance(each, ExternalAuthorization)
+            for policy, _, provider in each.would_ask(request)
+        }
+        for policy, rule, provider in now.would_ask(request):
+            if (policy, provider) not in asked:
+                return refusal(403, policy, rule, f"{provider} was not asked when it began")
+        return None

@@ -108,7 +108,7 @@ class ExternalAuthorization(PassingFilter):
         found = []
         for provider, policy in self._policies:
             if policy.problem:
-                return _denial(403, policy.key, "", policy.problem)
+                return refusal(403, policy.key, "", policy.problem)
             rule = policy.match(request)
             if rule is not None:
                 found.append(_Found(provider, policy.key, rule))
@@ -120,16 +120,16 @@ class ExternalAuthorization(PassingFilter):
         for each in found:
             provider = each.provider
             if provider.problem:
-                return _denial(provider.status_on_error, each.policy, each.rule, provider.problem)
+                return refusal(provider.status_on_error, each.policy, each.rule, provider.problem)
             body, is_whole = None, True
             if provider.max_body_bytes:
                 read = await place.read_body(provider.max_body_bytes)
                 if read is None:
-                    return _denial(408, each.policy, each.rule, "the body did not come in time")
+                    return refusal(408, each.policy, each.rule, "the body did not come in time")
                 body, is_whole = read
                 if not is_whole and not provider.allows_partial_body:
                     said = f"more than {provider.max_body_bytes} bytes, which {provider.name} reads"
-                    return _denial(413, each.policy, each.rule, said, b"")
+                    return refusal(413, each.policy, each.rule, said, b"")
             try:
                 if provider.protocol == "grpc":
                     denial = await self._check(place, each, request, body, is_whole, epoch)
@@ -142,7 +142,7 @@ class ExternalAuthorization(PassingFilter):
                     _note(request, each, "failed open")
                     continue
                 said = f"the external authorizer {provider.name} cannot be asked: {error}"
-                return _denial(provider.status_on_error, each.policy, each.rule, said)
+                return refusal(provider.status_on_error, each.policy, each.rule, said)
             if denial is not None:
                 return denial
             _note(request, each, "allowed")
@@ -280,7 +280,7 @@ def denied(
     ][:MAX_FIELDS]
     status = response.status if 300 <= response.status < 500 and response.status != 304 else 403
     said = f"the external authorizer {provider.name} denies with {response.status}"
-    return _denial(status, policy, rule, said, body, tuple(told))
+    return refusal(status, policy, rule, said, body, tuple(told))
 
 
 def _note(request: Request, found: _Found, outcome: str) -> None:
@@ -307,10 +307,10 @@ def checked(provider: ExternalAuthorizer, said: CheckResponse, policy: str, rule
     status = code if 200 <= code <= 599 and code not in _BODILESS else 403
     reason = f"the external authorizer {provider.name} denies with {status}"
     body = told.body.encode() if said.HasField("denied_response") else b"RBAC: access denied"
-    return _denial(status, policy, rule, reason, body, headers)
+    return refusal(status, policy, rule, reason, body, headers)
 
 
-def _denial(
+def refusal(
     status: int,
     policy: str,
     rule: str,
@@ -318,6 +318,7 @@ def _denial(
     body: bytes = b"RBAC: access denied",
     headers: tuple[Pair, ...] = (),
 ) -> Respond:
+    """The caller's answer when it may not pass."""
     return Respond(
         status, body, headers, flag="UAEX", policy=policy, rule=rule, reason=reason,
         grpc_status=GRPC_PERMISSION_DENIED,

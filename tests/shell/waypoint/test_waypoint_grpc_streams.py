@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 
-from mesh.model.l7_policy import L7Authorization, L7Operation, L7Rule, TrafficConfig
+from mesh.model.l7_policy import (
+    ExternalAuthorizer,
+    L7Authorization,
+    L7Operation,
+    L7Rule,
+    TrafficConfig,
+)
 from mesh.model.service import AppProtocol
 from tests.support.waypoints import key, running_app, running_waypoint, scrape, service, traffic
 from tests.support.websockets import H2Call, Reader, serve_http2
@@ -24,7 +32,17 @@ def denying(path: str) -> TrafficConfig:
     return traffic("web", authorizations=(L7Authorization("shop", "d", "DENY", (rule,)),))
 
 
-async def test_an_open_stream_ends_when_policy_would_refuse_it() -> None:
+def asking(path: str) -> TrafficConfig:
+    rule = L7Rule(operations=(L7Operation(paths=(path,)),))
+    provider = ExternalAuthorizer("opa", "http", key("opa"), 8080)
+    policy = L7Authorization("shop", "c", "CUSTOM", (rule,), provider=provider)
+    return traffic("web", authorizations=(policy,))
+
+
+@pytest.mark.parametrize("refusing", [denying, asking])
+async def test_an_open_stream_ends_when_policy_would_refuse_it(
+    refusing: Callable[[str], TrafficConfig],
+) -> None:
     cut = trio.Event()
 
     async def echo(call: H2Call) -> None:
@@ -38,7 +56,7 @@ async def test_an_open_stream_ends_when_policy_would_refuse_it() -> None:
     async with (
         running_app("web-1", key("web"), serve=serve_http2(echo)) as app,
         running_waypoint(
-            [service("web", 1, protocol=AppProtocol.GRPC), app.workload, denying("/other")]
+            [service("web", 1, protocol=AppProtocol.GRPC), app.workload, refusing("/other")]
         ) as mesh,
         trio.open_nursery() as nursery,
     ):
@@ -51,9 +69,9 @@ async def test_an_open_stream_ends_when_policy_would_refuse_it() -> None:
             await call.send_all(MESSAGE)
             assert await reader.take(len(MESSAGE)) == MESSAGE
             assert call.head[b":status"] == b"200"
-            await mesh.control_plane.push(denying(path))
+            await mesh.control_plane.push(refusing(path))
         assert not call.has_ended
-        await mesh.control_plane.push(denying("/chat.Chat/*"))
+        await mesh.control_plane.push(refusing("/chat.Chat/*"))
         await call.wait(lambda: call.has_ended)
         assert call.trailers == {b"grpc-status": b"7", b"grpc-message": b"policy changed"}
         with trio.fail_after(20):
