@@ -26,7 +26,7 @@ from mesh.model.service import Service
 from mesh.model.workload import Workload
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waypoints import fetch, key, running_app, running_waypoint, service, traffic
-from waypoint.filters.chain import Headers, Request, Respond, Response, Wait
+from waypoint.filters.chain import LOGGED, Headers, Request, Respond, Response, Wait
 from waypoint.filters.rate_limit.gcra import NEVER, Rate, hit
 from waypoint.filters.rate_limit.redis_store import RedisStore
 from waypoint.filters.rate_limit.shared import SharedRateLimits
@@ -177,10 +177,15 @@ async def test_gone_and_back(on_failure: Any, answers: list[int | None]) -> None
         async with stores_for(server) as stores:
             await answering(stores, server)
             limits = SharedRateLimits(policy(server, on_failure=on_failure, replicas=2), stores)
-            assert await ask(limits, request("before")) is None
+            before = request("before")
+            assert await ask(limits, before) is None
+            assert LOGGED not in before.notes
             server.kill()
-            found = [await ask(limits, request()) for _ in range(12)]
+            asked = [request() for _ in range(12)]
+            found = [await ask(limits, each) for each in asked]
             assert [each and each.status for each in found] == answers
+            for each in asked:
+                assert each.notes[LOGGED] == {"rate_limit.without_store": f"shop/calm {on_failure}"}
             await server.start()
 
             async def is_shared_again() -> bool:

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 
 from mesh.errors import ConfigError, Unavailable
 from mesh.model.l7_policy import RateLimitPolicy
-from waypoint.filters.chain import PassingFilter, Request, Respond, Response, Verdict, Wait
+from waypoint.filters.chain import (
+    LOGGED,
+    PassingFilter,
+    Request,
+    Respond,
+    Response,
+    Verdict,
+    Wait,
+)
 from waypoint.filters.rate_limit.filter import (
     LimitRule,
     MakeBuckets,
@@ -26,6 +34,8 @@ from waypoint.filters.rate_limit.local import Key
 from waypoint.filters.rate_limit.stores import Stores
 
 GRPC_UNAVAILABLE = 14
+_FIELD = "rate_limit.without_store"
+"""Of the access log."""
 
 
 class SharedRateLimits(PassingFilter):
@@ -85,6 +95,9 @@ class SharedRateLimits(PassingFilter):
 
     def _alone(self, request: Request, rules: Sequence[LimitRule]) -> Respond | None:
         shared = self._policy.shared
+        logged = request.notes.setdefault(LOGGED, {})
+        before = f"{logged[_FIELD]}, " if _FIELD in logged else ""
+        logged[_FIELD] = f"{before}{self._key} {shared.on_failure}"
         match shared.on_failure:
             case "Allow":
                 return None
