@@ -22,6 +22,7 @@ from mesh.model.service import IpFamilies
 from mesh.model.workload import TunnelProtocol
 from mesh.sockets import SocketAddress, open_outgoing
 from mesh.tls.context import verify_server_peer
+from waypoint.filters.jwks import leads_to_forbidden
 from waypoint.transport import SocketTransport, Transport, TunnelTransport
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class Dialler:
 
 async def _resolve(hostname: str) -> str:
     """An address of what is known by name alone, an external host. By the system's resolver,
-    as an absolute name: no search domain of the pod may answer for it. Raises Unavailable.
+    as an absolute name: no search domain of the pod may answer for it. Raises Unavailable, also
+    for a name of our own loopback, where the admin port asks nobody who they are.
     """
     try:
         found = await trio.socket.getaddrinfo(
@@ -113,7 +115,10 @@ async def _resolve(hostname: str) -> str:
         )
     except (OSError, UnicodeError) as exc:
         raise Unavailable(f"{hostname} has no address: {exc}") from exc
-    return str(found[0][4][0])
+    address = str(found[0][4][0])
+    if leads_to_forbidden(address):
+        raise Unavailable(f"{hostname} leads to {address}, where nobody may be sent")
+    return address
 
 
 async def _connect(address: SocketAddress) -> socket.socket:

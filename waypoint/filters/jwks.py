@@ -189,10 +189,15 @@ async def check_address(uri: str) -> tuple[str, int | None, Sequence[str]]:
         raise Unavailable(f"{host}: {exc}") from exc
     addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
     for text in addresses:
-        ip = ipaddress.ip_address(text.partition("%")[0])
-        if any(is_forbidden(each) for each in (ip, *_inner(ip))):
-            raise ConfigError(f"{uri!r} leads to {ip}, which policies may not name")
+        if leads_to_forbidden(text):
+            raise ConfigError(f"{uri!r} leads to {text}, which policies may not name")
     return host, port, addresses[:_MOST_ADDRESSES]
+
+
+def leads_to_forbidden(address: str) -> bool:
+    """Whether an address that a name stands for, or one inside it, is forbidden."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return any(is_forbidden(each) for each in (ip, *_inner(ip)))
 
 
 def is_forbidden(ip: IpAddress) -> bool:

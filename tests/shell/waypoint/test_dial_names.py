@@ -39,3 +39,10 @@ async def test_a_name_is_resolved_as_an_absolute_one():
 async def test_a_name_that_no_name_can_be_is_unavailable_too():
     with pytest.raises(Unavailable, match="has no address"):
         await dial._resolve(f"{'a' * 70}.example")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254", "0.0.0.0"])
+async def test_a_name_may_not_lead_to_ourselves_or_to_credentials(address: str):
+    trio.socket.set_custom_hostname_resolver(Resolver({"evil.example.": address}))
+    with pytest.raises(Unavailable, match="where nobody may be sent"):
+        await dial._resolve("evil.example")
