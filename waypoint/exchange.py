@@ -169,16 +169,13 @@ class Exchange:
             inbound = self.inbound
             headers.add(*heads.client_certificate(inbound.proxy.identity, inbound.source))
 
-    def hides(self) -> bool:
-        """Whether `hide` may change anything."""
-        return any(isinstance(each, RedactionFilter) for each in self._filters)
-
-    def hide(self, text: bytes) -> bytes:
-        """`text` for a log, without what the service's policies redact."""
+    def hide(self, *texts: bytes) -> list[str]:
+        """Texts for a log, without what the service's policies redact."""
+        shown = list(texts)
         for each in self._filters:
             if isinstance(each, RedactionFilter):
-                text = each.redact_text(self.request, text)
-        return text
+                shown = each.redact_texts(self.request, shown)
+        return [text.decode("latin-1") for text in shown]
 
     def _filter(self, plan: Forward | Answer) -> None:
         """The filters that are left, then what was planned."""

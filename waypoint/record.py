@@ -158,7 +158,6 @@ def _fields(
     exchange: Exchange, told: Told, workload: Workload | None, milliseconds: float
 ) -> dict[str, object]:
     request = exchange.request
-    hides = exchange.hides()
     request_id = trace = b""
     for name, value in request.headers.pairs:
         if name == b"x-request-id":
@@ -166,16 +165,16 @@ def _fields(
         elif name == b"traceparent":
             trace = trace + b"," + value if trace else value
 
-    def hidden(text: bytes) -> str:
-        # What a policy takes out of the traffic is not written down beside it.
-        return (exchange.hide(text) if hides else text).decode("latin-1")
-
+    # What a policy takes out of the traffic is not written down beside it.
+    shown_id, authority, path = exchange.hide(
+        request_id[:64], request.authority, request.path[:_MAX_PATH]
+    )
     found: dict[str, object] = {
         "level": "error" if exchange.reason else "info",
         "message": "request complete",
     }
     if request_id:
-        found["id"] = hidden(request_id[:64])
+        found["id"] = shown_id
     if trace:
         found["trace_id"] = trace[3:35].decode("latin-1")
     found |= told.fields
@@ -183,8 +182,8 @@ def _fields(
         found["dst.workload"] = workload.name
         found["dst.namespace"] = workload.namespace
     found["method"] = request.method.decode("latin-1")
-    found["authority"] = hidden(request.authority)
-    found["path"] = hidden(request.path[:_MAX_PATH])
+    found["authority"] = authority
+    found["path"] = path
     found["status"] = exchange.status
     if exchange.grpc_status:
         found["grpc_status"] = exchange.grpc_status
@@ -211,7 +210,7 @@ def _fields(
 
 
 def _redactions(report: Any) -> dict[str, object]:
-    found, unseen = report.counts.total(), report.uninspected.total()
+    found, unseen = sum(report.counts.values()), sum(report.uninspected.values())
     return {
         **({"redactions": found} if found else {}),
         **({"uninspected": unseen} if unseen else {}),

@@ -122,11 +122,12 @@ def _attributes(exchange: Exchange) -> dict[str, Attribute]:
     """What is known of a request when it is over; what is not known is left out."""
     inbound, request = exchange.inbound, exchange.request
     service = inbound.target.service
+    path, authority = exchange.hide(request.path[:_MAX_PATH], request.authority)
     found: dict[str, Attribute] = {
         "http.request.method": _method(request),
         "url.scheme": request.scheme.decode("latin-1"),
-        "url.path": exchange.hide(request.path[:_MAX_PATH]).decode("latin-1"),
-        "server.address": exchange.hide(request.authority).decode("latin-1"),
+        "url.path": path,
+        "server.address": authority,
         "client.address": inbound.source_ip,
         "ambit.route": request.route,
         "ambit.route.rule": request.rule if request.route else "",

@@ -90,6 +90,12 @@ class Headers:
         if self.has(name):
             self.pairs = [pair for pair in self.pairs if pair[0] != name]
 
+    def remove_all(self, names: frozenset[bytes]) -> None:
+        """No field of any of those names any more."""
+        kept = [pair for pair in self.pairs if pair[0] not in names]
+        if len(kept) < len(self.pairs):
+            self.pairs = kept
+
 
 @dataclass(slots=True, init=False)
 class Request:

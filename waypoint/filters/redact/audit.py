@@ -51,7 +51,7 @@ def audit_fields(exchange: Exchange) -> dict[str, Any] | None:
         "trace_id": trace[3:35].decode("latin-1"),
         "source": str(exchange.inbound.source),
         "service": request.service,
-        "method": exchange.hide(request.method).decode("latin-1"),
+        "method": exchange.hide(request.method)[0],
         "route": request.route,
         "status": exchange.status,
         "blocked_by": f"{exchange.policy}/{exchange.rule_name}" if exchange.flag == FLAG else None,

@@ -29,7 +29,8 @@ _BYTES = frozenset((b"iso-8859-1", b"iso-8859-15", b"windows-1252", b"latin1", b
 _JSON = (b"/json", b"+json", b"/x-ndjson", b"/ndjson", b"/jsonl", b"json-seq", b"json-lines")
 _GRPC_KINDS = (b"application/grpc", b"application/grpc+proto", b"application/grpc-web",
                b"application/grpc-web+proto")  # fmt: skip
-_STALE = (b"etag", b"digest", b"content-digest", b"repr-digest", b"content-md5", b"accept-ranges")
+_STALE = frozenset((b"etag", b"digest", b"content-digest", b"repr-digest", b"content-md5",
+                    b"accept-ranges"))  # fmt: skip
 
 
 def open_body(
@@ -58,8 +59,7 @@ def open_body(
             return None
         return inner
     # The text is changed, so what was computed over it is no longer true.
-    for stale in _STALE:
-        headers.remove(stale)
+    headers.remove_all(_STALE)
     for coding in codings:
         inner = Recoded(plan, report, coding, inner)
     return inner

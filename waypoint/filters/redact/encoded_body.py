@@ -10,7 +10,7 @@ lets pass of those is as broken as it came. `Inspectable` looks at what must be 
 from __future__ import annotations
 
 import zlib
-from codecs import getincrementaldecoder
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -239,7 +239,7 @@ class Recoded:
         return self._pack.compress(self._inner.finish()) + self._pack.flush()
 
     def _refused(self, why: str) -> Blocked:
-        self._report.uninspected[why] += 1
+        self._report.unseen(why)
         return self._plan.refuse_uninspectable(why)
 
 
@@ -270,27 +270,30 @@ class Inspectable:
     at all), UTF-8 where it is said to be that, and no more than the policy's `maxBodyBytes`.
     """
 
-    __slots__ = ("_decoder", "_inner", "_is_over", "_left", "_plan", "_report")
+    __slots__ = ("_decoder", "_inner", "_is_over", "_is_utf8", "_left", "_plan", "_report")
 
     def __init__(self, plan: Plan, report: Report, inner: BodyFilter, *, is_utf8: bool) -> None:
         self._plan = plan
         self._report = report
         self._inner = inner
         self._left = plan.max_body_bytes
-        self._decoder = getincrementaldecoder("utf-8")() if is_utf8 else None
+        self._is_utf8 = is_utf8
+        self._decoder: IncrementalDecoder | None = None
+        """Made when the first byte comes that is not ASCII."""
         self._is_over = False
 
     def feed(self, data: bytes) -> bytes:
         """Raises `Blocked`."""
         if self._is_over:
             return data
-        if b"\x00" in data:
+        if data.find(b"\x00") >= 0:
             return self._give_up(data, "it is not text")
         if self._plan.max_body_bytes:
             self._left -= len(data)
             if self._left < 0:
                 return self._give_up(data, "the body is larger than maxBodyBytes")
-        if self._decoder is not None and (self._decoder.getstate()[0] or not data.isascii()):
+        if self._is_utf8 and (self._decoder is not None or not data.isascii()):
+            self._decoder = self._decoder or getincrementaldecoder("utf-8")()
             try:
                 self._decoder.decode(data)
             except UnicodeDecodeError:

@@ -155,28 +155,30 @@ class RedactionFilter:
 
     def report(self, request: Request) -> Report:
         """What was found in this request so far."""
-        found: Report = request.notes.setdefault("redaction report", Report())
+        found: Report | None = request.notes.get("redaction report")
+        if found is None:
+            found = request.notes["redaction report"] = Report()
         return found
 
-    def redact_text(self, request: Request, text: bytes) -> bytes:
-        """The same values taken out of a text for the access log or the audit, also when the
+    def redact_texts(self, request: Request, texts: list[bytes]) -> list[bytes]:
+        """The same values taken out of texts for the access log or the audit, also when the
         request was answered before it came here.
         """
         plan = self._telemetry_plan(request)
         if plan is None:
-            return text
+            return texts
         if plan is HIDE_ALL:
-            return HIDDEN
-        try:
-            return redact_value(plan, Report(), plan.live, views.FORM, text, "log")
-        except Blocked:
-            return HIDDEN
+            return [HIDDEN for _ in texts]
+        if plan.live.are_clean(views.FORM, texts):
+            return texts
+        return [_hidden(plan, text) for text in texts]
 
     def _telemetry_plan(self, request: Request) -> Plan | None:
         """Of both directions: what must not be seen in one is not written down from the other."""
-        broken = [test for test, _ in self._refusals] + [each[0] for each in self._lacking]
-        if any(test(request) for test in broken):
-            return HIDE_ALL
+        if self._refusals or self._lacking:
+            broken = [test for test, _ in self._refusals] + [each[0] for each in self._lacking]
+            if any(test(request) for test in broken):
+                return HIDE_ALL
         chosen = request.notes.get(self.name)
         if chosen is None:
             chosen = tuple(index for index, each in enumerate(self._known) if each[0](request))
@@ -207,6 +209,13 @@ def redact_trailers(
         if isinstance(each, RedactionFilter) and pairs:
             pairs = each.redact_trailers(request, pairs, is_request=is_request)
     return pairs
+
+
+def _hidden(plan: Plan, text: bytes) -> bytes:
+    try:
+        return redact_value(plan, Report(), plan.live, views.FORM, text, "log")
+    except Blocked:
+        return HIDDEN
 
 
 def _together(sets: Sequence[Descriptors]) -> DescriptorSets | None:

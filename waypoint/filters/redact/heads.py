@@ -40,20 +40,19 @@ def redact_pairs(plan: Plan, report: Report, pairs: list[Pair], where: str) -> l
 
 
 def _may_hold(plan: Plan, pairs: list[Pair]) -> bool:
-    """Whether any value has something that a detector wants: one search, as most heads have not.
-
-    No value of a field has a newline, and no pattern crosses one, but for names before numbers:
-    what is found here need not be there, what is not found here is not.
-    """
+    """Whether any value has something that a detector wants."""
     if not plan.scanners:
         return False
-    values = []
+    values, encoded = [], []
     for name, value in pairs:
-        if name not in _NEVER_SEARCHED:
-            is_encoded = name in _PERCENT_ENCODED
-            values.append(views.FORM.look(value).text if is_encoded else value)
-    text = views.TEXT.look(b"\n".join(values)).text
-    return any(next(each.find(text), None) is not None for each in plan.scanners)
+        if name in _PERCENT_ENCODED:
+            encoded.append(value)
+        elif name not in _NEVER_SEARCHED:
+            values.append(value)
+    for scanner in plan.scanners:
+        if not scanner.are_clean(views.TEXT, values) or not scanner.are_clean(views.FORM, encoded):
+            return True
+    return False
 
 
 def _whole(plan: Plan, report: Report, index: int, value: bytes, location: str) -> bytes | None:

@@ -342,14 +342,14 @@ def _end(pattern: Any, text: bytes, place: int) -> int:
 
 def _text_of(raw: bytes) -> str:
     """A name, escapes undone."""
-    if b"\\" in raw:
+    if raw.find(b"\\") >= 0:
         return _decode(raw).decode("utf-8", "surrogatepass")
     return raw[1:-1].decode("utf-8", "replace")
 
 
 def _decode(raw: bytes) -> bytes:
     """The text of a string. Raises `_Broken`."""
-    if b"\\" not in raw:
+    if raw.find(b"\\") < 0:
         return raw[1:-1]
     try:
         return str(json.loads(raw)).encode("utf-8", "surrogatepass")

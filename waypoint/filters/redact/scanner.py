@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import re2
@@ -21,21 +20,28 @@ from mesh.errors import ConfigError
 from mesh.model.l7_policy import DetectorKind, RedactionRule
 from waypoint.filters.redact.detectors import BUILT_IN, Detector
 from waypoint.filters.redact.named_numbers import NAMED_KINDS, NamedNumbers
-from waypoint.filters.redact.spans import Found, is_word
+from waypoint.filters.redact.spans import CONTEXT_BYTES, Found, is_word
+from waypoint.filters.redact.views import Syntax
 
 MAX_REGEX_BYTES = 32 << 20
 MAX_PATTERN_BYTES = 4096
+MAX_CLEAN = 4096
+MAX_CLEAN_BYTES = 256
+"""How many short texts without anything to find are remembered, and how long they may be."""
+_APART = b"\n" * CONTEXT_BYTES
 _NUMERIC = frozenset(("payment-card", "phone", "national-id", "custom"))
 
 
-@dataclass(frozen=True, slots=True)
 class Hit:
     """One value: its place in the view, the rule (its index) and the kind."""
 
-    start: int
-    end: int
-    rule: int
-    kind: DetectorKind
+    __slots__ = ("end", "kind", "rule", "start")
+
+    def __init__(self, start: int, end: int, rule: int, kind: DetectorKind) -> None:
+        self.start = start
+        self.end = end
+        self.rule = rule
+        self.kind = kind
 
 
 def compile_pattern(pattern: bytes) -> Any:
@@ -92,6 +98,7 @@ class Scanner:
 
     __slots__ = (
         "_by_first",
+        "_clean",
         "_named",
         "_rules",
         "_search",
@@ -114,6 +121,7 @@ class Scanner:
         self.has_numbers = any(part.kind in _NUMERIC for _, part in parts)
         self.has_private_keys = any(part.kind == "private-key" for _, part in parts)
         self._rules = {part.kind: index for index, part in parts}
+        self._clean: dict[str, set[bytes]] = {}
         named = NAMED_KINDS.intersection(self._rules)
         self._named = NamedNumbers(named) if named else None
         together = b"|".join(b"(?:" + part.pattern + b")" for _, part in parts)
@@ -130,6 +138,26 @@ class Scanner:
 
     def __bool__(self) -> bool:
         return self._search is not None
+
+    def are_clean(self, syntax: Syntax, texts: list[bytes]) -> bool:
+        """Whether nothing is found in any of them, such as values of fields: one search, none for
+        what was clean before, as most values are those of other requests too.
+
+        No pattern crosses a newline, and no check looks further back than `_APART` is long.
+        """
+        clean = self._clean.get(syntax.name)
+        if clean is None:
+            clean = self._clean[syntax.name] = set()
+        fresh = [text for text in texts if text not in clean]
+        if not fresh:
+            return True
+        view = syntax.look(_APART.join(fresh)).text
+        if self._search is not None and next(iter(self.find(view)), None) is not None:
+            return False
+        if len(clean) > MAX_CLEAN:
+            clean.clear()
+        clean.update([text for text in fresh if len(text) <= MAX_CLEAN_BYTES])
+        return True
 
     def find(self, view: bytes, place: int = 0) -> Iterator[Hit]:
         """What is found from `place` on, from left to right, never overlapping."""

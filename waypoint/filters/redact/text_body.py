@@ -29,8 +29,8 @@ class TextRedactor:
     """A `BodyFilter` over decoded UTF-8 (or any superset of ASCII)."""
 
     __slots__ = (
-        "_boundaries", "_context", "_held", "_in_string", "_is_json", "_location", "_plan",
-        "_report", "_syntax",
+        "_before", "_boundaries", "_context", "_held", "_in_string", "_is_json", "_location",
+        "_plan", "_report", "_syntax",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, report: Report, syntax: Syntax, location: str = "body") -> None:
@@ -44,6 +44,8 @@ class TextRedactor:
         self._held = b""
         self._context = b""
         self._in_string = False
+        self._before = b""
+        """Of the last block; whether it ends in a string is not asked before one needs to know."""
         self._is_json = syntax is JSON and (plan.live.has_numbers or plan.dry.has_numbers)
 
     def feed(self, data: bytes) -> bytes:
@@ -68,7 +70,8 @@ class TextRedactor:
                 if stop - place < MAX_UNIT:
                     break
                 cut = stop
-            taken = self._block(held[place:cut], out, is_forced=is_forced, is_last=is_last)
+            block = held if cut - place == size else held[place:cut]
+            taken = self._block(block, out, is_forced=is_forced, is_last=is_last)
             if not taken:
                 if stop - place < MAX_UNIT:
                     break
@@ -93,7 +96,7 @@ class TextRedactor:
                 raw = raw[: unfinished.start()]
         view = self._syntax.look(raw)
         shift = len(self._context)
-        text = self._context + view.text
+        text = self._context + view.text if shift else view.text
         limit = len(raw) - OVERLAP if is_forced else len(raw)
         done = 0
         pieces: list[bytes] = []
@@ -111,12 +114,15 @@ class TextRedactor:
             pieces.append(put)
             done = end
         taken = max(done, limit)
-        pieces.append(raw[done:taken])
-        out.append(b"".join(pieces))
+        if not done and taken == len(raw):
+            out.append(raw)
+        else:
+            pieces.append(raw[done:taken])
+            out.append(b"".join(pieces))
         if self._plan.dry:
             for hit in self._plan.dry.find(text, shift):
                 if view.raw_start(hit.start - shift) < taken:
-                    self._report.counts[self._plan.rules[hit.rule].key, self._location] += 1
+                    self._report.count(self._plan.rules[hit.rule].key, self._location)
         self._passed(raw, view, taken)
         return taken
 
@@ -137,7 +143,7 @@ class TextRedactor:
     ) -> tuple[int, int, bytes]:
         """The bytes to replace and what by: a number of JSON as a whole, by a string."""
         rule = self._plan.rules[hit.rule]
-        self._report.counts[self._plan.rules[hit.rule].key, self._location] += 1
+        self._report.count(self._plan.rules[hit.rule].key, self._location)
         put = self._syntax.write(rule.replacement(hit.kind, value))
         is_number = self._is_json and all(byte in _NUMBER_CHAR for byte in value)
         if is_number and not self._is_in_string(raw, begin):
@@ -149,11 +155,18 @@ class TextRedactor:
         return begin, end, put
 
     def _is_in_string(self, raw: bytes, place: int) -> bool:
-        return self._in_string is not _is_odd(raw[:place])
+        return self._begins_in_string() is not _is_odd(raw[:place])
+
+    def _begins_in_string(self) -> bool:
+        if self._before:
+            self._in_string = self._in_string is not _is_odd(self._before)
+            self._before = b""
+        return self._in_string
 
     def _passed(self, raw: bytes, view: View, taken: int) -> None:
         if self._is_json and taken:
-            self._in_string = self._in_string is not _is_odd(raw[:taken])
+            self._begins_in_string()
+            self._before = raw[:taken] if taken < len(raw) else raw
         if taken == len(raw):
             self._context = (self._context + view.text[-_CONTEXT:])[-_CONTEXT:]
         elif taken:
@@ -163,7 +176,7 @@ class TextRedactor:
 
 def _is_odd(raw: bytes) -> bool:
     """Whether an odd number of quotes begins or ends strings in these bytes of JSON."""
-    if b"\\" not in raw:
+    if raw.find(b"\\") < 0:
         return raw.count(b'"') % 2 == 1
     return _STRUCTURE.findall(raw).count(b'"') % 2 == 1
 
@@ -176,7 +189,7 @@ def redact_value(
     done, pieces = 0, []
     for hit in scanner.find(view.text):
         rule = plan.rules[hit.rule]
-        report.counts[rule.key, location] += 1
+        report.count(rule.key, location)
         if rule.policy.is_dry_run:
             continue
         begin = max(view.raw_start(hit.start), done)

@@ -15,16 +15,25 @@ from dataclasses import dataclass
 from urllib.parse import quote_from_bytes
 
 
-@dataclass(slots=True)
 class View:
     """`text` of the view. `raw_start` and `raw_end` lead back."""
 
-    text: bytes
-    starts: list[int] | None = None
-    """Where each undone escape begins in the view; None: the view is as long as the bytes."""
-    sizes: list[int] | None = None
-    raws: list[int] | None = None
-    raw_sizes: list[int] | None = None
+    __slots__ = ("raw_sizes", "raws", "sizes", "starts", "text")
+
+    def __init__(
+        self,
+        text: bytes,
+        starts: list[int] | None = None,
+        sizes: list[int] | None = None,
+        raws: list[int] | None = None,
+        raw_sizes: list[int] | None = None,
+    ) -> None:
+        self.text = text
+        self.starts = starts
+        """Where each undone escape begins in the view; None: the view is as long as the bytes."""
+        self.sizes = sizes
+        self.raws = raws
+        self.raw_sizes = raw_sizes
 
     def raw_start(self, place: int) -> int:
         """The byte at which the character at `place` begins."""
@@ -113,14 +122,15 @@ def _quotes_as_lines(text: bytes) -> bytes:
     return text.replace(b'"', b"\n")
 
 
+# `find` for `in`, which asks whether it is given a number, by an exception.
 def _look_json(raw: bytes) -> View:
-    if b"\\" in raw:
+    if raw.find(b"\\") >= 0:
         return _undo(raw, _JSON_ESCAPE, _json_char, _quotes_as_lines)
     return View(raw.replace(b'"', b"\n"))
 
 
 def _look_text(raw: bytes) -> View:
-    return _undo(raw, _JSON_ESCAPE, _json_char, _same) if b"\\" in raw else View(raw)
+    return _undo(raw, _JSON_ESCAPE, _json_char, _same) if raw.find(b"\\") >= 0 else View(raw)
 
 
 _JSON_UNSAFE = re.compile(rb'[\x00-\x1f"\\]')
@@ -141,7 +151,7 @@ def _percent_char(found: re.Match[bytes]) -> bytes:
 
 def _look_form(raw: bytes) -> View:
     plain = raw.translate(_FORM_LINES)
-    if b"%" not in raw:
+    if raw.find(b"%") < 0:
         return View(plain)
     return _undo(plain, _PERCENT, _percent_char, _same)
 
@@ -173,7 +183,7 @@ _MARKUP_LINES = bytes.maketrans(b'<>"', b"\n\n\n")
 
 def _look_xml(raw: bytes) -> View:
     plain = raw.translate(_MARKUP_LINES)
-    return _undo(plain, _ENTITY, _entity_char, _same) if b"&" in raw else View(plain)
+    return _undo(plain, _ENTITY, _entity_char, _same) if raw.find(b"&") >= 0 else View(plain)
 
 
 _XML_UNSAFE = re.compile(rb"[<>&\"']")

@@ -90,7 +90,7 @@ def test_what_cannot_be_inspected_is_blocked_or_passed_as_said(
     body = each.open_request_body(request)
     assert body is not None
     assert body.feed(BODY) + body.finish() == BODY
-    assert each.report(request).uninspected.total() == 1
+    assert list(each.report(request).uninspected.values()) == [1]
 
 
 def test_heads_both_ways() -> None:
@@ -111,7 +111,7 @@ def test_heads_both_ways() -> None:
     response = Response(status=200, headers=Headers([(b"set-cookie", b"sid=abc; Path=/")]))
     assert each.on_response(request, response) is None
     assert response.headers.pairs == [(b"set-cookie", b"sid=***; Path=/")]
-    assert each.redact_text(request, b"GET /?m=alice@example.com") == b"GET /?m=" + b"*" * 17
+    assert each.redact_texts(request, [b"GET /?m=alice@example.com"]) == [b"GET /?m=" + b"*" * 17]
 
 
 def test_block_and_dry_run_and_condition() -> None:
@@ -152,10 +152,10 @@ def test_what_logs_are_told() -> None:
     each = make(EMAIL, direction="Response")
     request = ask()
     each.on_request(request)
-    assert each.redact_text(request, b"/alice@example.com") == b"/" + b"*" * 17
-    assert each.redact_text(request, b"/shop") == b"/shop"
+    assert each.redact_texts(request, [b"/alice@example.com"]) == [b"/" + b"*" * 17]
+    assert each.redact_texts(request, [b"/shop"]) == [b"/shop"]
     broken = make(EMAIL, problem="unknown field")
-    assert broken.redact_text(request, b"/alice") == b"[redacted]"
+    assert broken.redact_texts(request, [b"/alice"]) == [b"[redacted]"]
 
 
 def test_trailers_are_heads() -> None:
