@@ -9,7 +9,7 @@ from mesh.http.trace_context import NAMES as _TRACED
 from mesh.http.trace_context import TraceContext, read_context, with_context
 from mesh.identity import SpiffeId
 from mesh.model.route import HeaderChange, PathChange, Redirect
-from waypoint.filters.chain import FRAMING, Headers, Pair, Request, Respond, Response
+from waypoint.filters.chain import FRAMING, OWN_ID, Headers, Pair, Request, Respond, Response
 
 _TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 CLIENT_CERTIFICATE = b"x-forwarded-client-cert"
@@ -78,10 +78,11 @@ def _percent(text: str) -> bytes:
     return b"".join(bytes((c,)) if 32 <= c < 127 and c != 37 else b"%%%02X" % c for c in data)
 
 
-def trace(headers: Headers, rng: RandomBytes) -> None:
+def trace(request: Request, rng: RandomBytes) -> None:
     """A request id for who has none; and a trace context, not sampled, where there is none that is
     valid. Several `traceparent` fields are none, and a `tracestate` goes with its parent.
     """
+    headers = request.headers
     has_id, fields = False, []
     for pair in headers.pairs:
         if pair[0] in _TRACED:
@@ -89,7 +90,7 @@ def trace(headers: Headers, rng: RandomBytes) -> None:
         elif pair[0] == b"x-request-id":
             has_id = True
     if not has_id:
-        headers.add(b"x-request-id", _new_id(rng))
+        _add_id(request, rng)
     if not fields:
         raw = rng.randbytes(24).hex().encode()
         headers.add(b"traceparent", b"00-" + raw[:32] + b"-" + raw[32:] + b"-00")
@@ -108,15 +109,17 @@ def traceparent(request: Request) -> str:
     return (request.headers.get(b"traceparent") or b"").decode("latin-1")
 
 
-def identify(headers: Headers, rng: RandomBytes) -> None:
+def identify(request: Request, rng: RandomBytes) -> None:
     """A request id for who has none."""
-    if headers.get(b"x-request-id") is None:
-        headers.add(b"x-request-id", _new_id(rng))
+    if not request.headers.has(b"x-request-id"):
+        _add_id(request, rng)
 
 
-def _new_id(rng: RandomBytes) -> bytes:
+def _add_id(request: Request, rng: RandomBytes) -> None:
     raw = rng.randbytes(16).hex().encode()
-    return b"-".join((raw[:8], raw[8:12], b"4" + raw[13:16], b"a" + raw[17:20], raw[20:]))
+    made = b"-".join((raw[:8], raw[8:12], b"4" + raw[13:16], b"a" + raw[17:20], raw[20:]))
+    request.notes[OWN_ID] = made
+    request.headers.add(b"x-request-id", made)
 
 
 def change(headers: Headers, changes: HeaderChange) -> None:

@@ -12,7 +12,7 @@ from mesh.errors import Refusal, RemoteProtocolError
 from mesh.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.runtime.http_metrics import HttpMetrics, Series
-from waypoint.filters.chain import LOGGED
+from waypoint.filters.chain import LOGGED, OWN_ID
 from waypoint.filters.redact.audit import AuditLog
 
 if TYPE_CHECKING:
@@ -165,16 +165,18 @@ def _fields(
         elif name == b"traceparent":
             trace = trace + b"," + value if trace else value
 
-    # What a policy takes out of the traffic is not written down beside it.
-    shown_id, authority, path = exchange.hide(
-        request_id[:64], request.authority, request.path[:_MAX_PATH]
+    # What a policy takes out of the traffic is not written down beside it. An id that was made here
+    # is only random.
+    is_own = request.notes.get(OWN_ID) == request_id
+    authority, path, shown_id = exchange.hide(
+        request.authority, request.path[:_MAX_PATH], b"" if is_own else request_id[:64]
     )
     found: dict[str, object] = {
         "level": "error" if exchange.reason else "info",
         "message": "request complete",
     }
     if request_id:
-        found["id"] = shown_id
+        found["id"] = request_id.decode("latin-1") if is_own else shown_id
     if trace:
         found["trace_id"] = trace[3:35].decode("latin-1")
     found |= told.fields

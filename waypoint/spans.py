@@ -91,9 +91,9 @@ def begin(tracer: Tracer | None, inbound: Inbound, request: Request) -> RequestS
     """Settle the request's trace context, and its span if it is sampled."""
     headers = request.headers
     if tracer is None:
-        heads.trace(headers, inbound.rng)
+        heads.trace(request, inbound.rng)
         return None
-    heads.identify(headers, inbound.rng)
+    heads.identify(request, inbound.rng)
     context = read_context([each for each in headers.pairs if each[0] in NAMES])
     tunnel = inbound.traceparent
     through = read_traceparent(tunnel.encode()) if tunnel else None

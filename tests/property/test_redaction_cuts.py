@@ -13,6 +13,7 @@ from mesh.model.l7_policy import RedactionPolicy, RedactionRule
 from waypoint.filters.redact import text_body, views
 from waypoint.filters.redact.detectors import BUILT_IN
 from waypoint.filters.redact.rules import Plan, Report
+from waypoint.filters.redact.scanner import Scanner
 
 VALUES = [
     "alice.smith@example.com",
@@ -63,6 +64,18 @@ def test_any_cut_gives_what_the_whole_gives(
 ) -> None:
     raw = text.encode()
     assert redact(plan, syntax, cut(raw, places)) == redact(plan, syntax, [raw])
+
+
+EACH = [Scanner([(0, rule)]) for rule in RULES]
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(st.one_of(NOISE, st.sampled_from([*VALUES, '"', '":"'])), max_size=8))
+def test_what_a_view_has_shows_without_it(pieces: list[str]) -> None:
+    raw = "".join(pieces).replace("\\", "").encode()
+    view = views.JSON.look(raw).text
+    for each in EACH:
+        assert each.may_find(raw) or not list(each.find(view))
 
 
 @settings(max_examples=60, deadline=None)

@@ -30,6 +30,7 @@ FRAMING = frozenset(
 
 
 LOGGED: Final = "log.fields"
+OWN_ID: Final = "request id"
 """The note under which filters leave fields for the access log: a dict of text by name. Nothing
 that a caller says is written there.
 """

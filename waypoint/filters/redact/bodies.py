@@ -24,6 +24,7 @@ from waypoint.filters.redact.rules import Plan, Report
 from waypoint.filters.redact.text_body import TextRedactor
 
 MAX_CODINGS = 3
+_MAX_KINDS, _MAX_KIND_BYTES = 256, 128
 _UTF8 = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
 _BYTES = frozenset((b"iso-8859-1", b"iso-8859-15", b"windows-1252", b"latin1", b"latin-1"))
 _JSON = (b"/json", b"+json", b"/x-ndjson", b"/ndjson", b"/jsonl", b"json-seq", b"json-lines")
@@ -67,36 +68,62 @@ def open_body(
 
 def open_text(plan: Plan, report: Report, content_type: bytes, location: str) -> BodyFilter:
     """What looks into text of that type, without its codings."""
-    kind, _, parameters = content_type.lower().partition(b";")
-    kind = kind.strip()
-    if kind.startswith(b"multipart/"):
+    known = _kinds.get(content_type)
+    if known is None:
+        known = _Kind(content_type)
+        if len(content_type) <= _MAX_KIND_BYTES:
+            if len(_kinds) >= _MAX_KINDS:
+                _kinds.clear()
+            _kinds[content_type] = known
+    if known.is_multipart:
         return _multipart(plan, report, content_type, location)
-    charset = _charset(parameters)
-    if charset and charset not in _UTF8 and charset not in _BYTES:
-        return Refused(plan, report, "charset is not known")
-    is_utf8 = charset in _UTF8
+    syntax = known.syntax
+    if syntax is None:
+        return Refused(plan, report, known.problem)
     filters: list[BodyFilter] = []
-    if kind.endswith(_JSON):
-        syntax, is_utf8 = views.JSON, charset not in _BYTES
-        if plan.json_paths is not None:
-            filters.append(JsonRedactor(plan, report, location))
-    elif kind == b"application/x-www-form-urlencoded":
-        syntax = views.FORM
+    if syntax is views.FORM:
         if plan.form_fields:
             filters.append(FormRedactor(plan, report, location))
-    else:
-        found = _text_syntax(kind)
-        if found is None:
-            name = kind.decode("ascii", "replace")
-            return Refused(plan, report, f"content type {name or 'is missing'}")
-        syntax = found
-        if plan.json_paths is not None:
-            is_events = kind == b"text/event-stream"
+    elif plan.json_paths is not None:
+        if syntax is views.JSON:
+            filters.append(JsonRedactor(plan, report, location))
+        else:
+            is_events = known.is_events
             filters.append((EventRedactor if is_events else Sniffed)(plan, report, location))
     if plan.live or plan.dry:
         filters.append(TextRedactor(plan, report, syntax, location))
     inner = filters[0] if len(filters) == 1 else Chained(filters)
-    return Inspectable(plan, report, inner, is_utf8=is_utf8)
+    return Inspectable(plan, report, inner, is_utf8=known.is_utf8)
+
+
+class _Kind:
+    """What a Content-Type means for us."""
+
+    __slots__ = ("is_events", "is_multipart", "is_utf8", "problem", "syntax")
+
+    def __init__(self, content_type: bytes) -> None:
+        kind, _, parameters = content_type.lower().partition(b";")
+        kind = kind.strip()
+        charset = _charset(parameters)
+        self.is_multipart = kind.startswith(b"multipart/")
+        self.is_events = kind == b"text/event-stream"
+        self.is_utf8 = charset in _UTF8
+        self.syntax: views.Syntax | None = None
+        self.problem = ""
+        if charset and charset not in _UTF8 and charset not in _BYTES:
+            self.problem = "charset is not known"
+        elif kind.endswith(_JSON):
+            self.syntax, self.is_utf8 = views.JSON, charset not in _BYTES
+        elif kind == b"application/x-www-form-urlencoded":
+            self.syntax = views.FORM
+        else:
+            self.syntax = _text_syntax(kind)
+            name = kind.decode("ascii", "replace")
+            self.problem = f"content type {name or 'is missing'}"
+
+
+_kinds: dict[bytes, _Kind] = {}
+"""As few services send many."""
 
 
 def _charset(parameters: bytes) -> bytes:

@@ -42,6 +42,10 @@ class NamedNumbers:
         between = rb"[^,{}\];&]{0,%d}\b\d{1,5}[ ./()-]{0,2}\d" % (CONTEXT_BYTES - 8)
         self._search = re2.compile(b"(?:" + names + b")" + between, options).search
 
+    def may_find(self, raw: bytes) -> bool:
+        """Whether there is a name with digits after it."""
+        return self._search(raw) is not None
+
     def find(self, view: bytes, place: int) -> Iterator[tuple[int, int, DetectorKind]]:
         """Spans and kinds that end after `place`, from left to right."""
         size = len(view)

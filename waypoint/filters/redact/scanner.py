@@ -159,6 +159,16 @@ class Scanner:
         clean.update([text for text in fresh if len(text) <= MAX_CLEAN_BYTES])
         return True
 
+    def may_find(self, raw: bytes) -> bool:
+        """Whether a view of `raw` can have anything, if its quotes are all that the view changes.
+
+        Saves making one. Built-in patterns cross neither quote nor newline, and what they ask of a
+        line's begin and end (`(?:^|[^0-9])`) a quote fulfils too; of custom ones that is not known.
+        """
+        if self.has_custom or (self._named is not None and self._named.may_find(raw)):
+            return True
+        return self._search is not None and self._search(raw) is not None
+
     def find(self, view: bytes, place: int = 0) -> Iterator[Hit]:
         """What is found from `place` on, from left to right, never overlapping."""
         if self._named is not None:

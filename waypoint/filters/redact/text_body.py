@@ -29,8 +29,8 @@ class TextRedactor:
     """A `BodyFilter` over decoded UTF-8 (or any superset of ASCII)."""
 
     __slots__ = (
-        "_before", "_boundaries", "_context", "_held", "_in_string", "_is_json", "_location",
-        "_plan", "_report", "_syntax",
+        "_before", "_boundaries", "_boundary_bytes", "_context", "_held", "_in_string", "_is_json",
+        "_location", "_plan", "_report", "_syntax",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, report: Report, syntax: Syntax, location: str = "body") -> None:
@@ -40,6 +40,7 @@ class TextRedactor:
         self._location = location
         has_custom = plan.live.has_custom or plan.dry.has_custom
         boundaries = syntax.narrow if has_custom else syntax.boundaries
+        self._boundary_bytes = boundaries
         self._boundaries = [bytes((byte,)) for byte in boundaries]
         self._held = b""
         self._context = b""
@@ -82,6 +83,8 @@ class TextRedactor:
         return b"".join(out)
 
     def _last_boundary(self, held: bytes, place: int, stop: int) -> int:
+        if held[stop - 1] in self._boundary_bytes:
+            return stop
         best = place
         for boundary in self._boundaries:
             found = held.rfind(boundary, best, stop) + 1
@@ -94,6 +97,10 @@ class TextRedactor:
             unfinished = self._syntax.unfinished.search(raw, max(0, len(raw) - 48))
             if unfinished:
                 raw = raw[: unfinished.start()]
+        if not is_forced and self._is_clean(raw):
+            out.append(raw)
+            self._passed(raw, self._syntax.look(raw[-_CONTEXT:]).text, len(raw))
+            return len(raw)
         view = self._syntax.look(raw)
         shift = len(self._context)
         text = self._context + view.text if shift else view.text
@@ -123,8 +130,15 @@ class TextRedactor:
             for hit in self._plan.dry.find(text, shift):
                 if view.raw_start(hit.start - shift) < taken:
                     self._report.count(self._plan.rules[hit.rule].key, self._location)
-        self._passed(raw, view, taken)
+        self._passed(raw, view.text, taken)
         return taken
+
+    def _is_clean(self, raw: bytes) -> bool:
+        """Whether it can be told without a view that there is nothing to find."""
+        if self._syntax is not JSON or raw.find(b"\\") >= 0:
+            return False
+        text = self._context + raw if self._context else raw
+        return not any(each.may_find(text) for each in self._plan.scanners)
 
     def _waits(
         self, hit: Hit, text: bytes, view: View, begin: int, *, is_forced: bool, is_last: bool
@@ -163,12 +177,12 @@ class TextRedactor:
             self._before = b""
         return self._in_string
 
-    def _passed(self, raw: bytes, view: View, taken: int) -> None:
+    def _passed(self, raw: bytes, view: bytes, taken: int) -> None:
         if self._is_json and taken:
             self._begins_in_string()
             self._before = raw[:taken] if taken < len(raw) else raw
         if taken == len(raw):
-            self._context = (self._context + view.text[-_CONTEXT:])[-_CONTEXT:]
+            self._context = (self._context + view[-_CONTEXT:])[-_CONTEXT:]
         elif taken:
             seen = self._syntax.look(raw[max(0, taken - 8 * _CONTEXT) : taken]).text
             self._context = seen[-_CONTEXT:]
