@@ -214,7 +214,7 @@ class Tunnel:
         if connection.is_blocked or not connection.core.send_whole(self._stream, data):
             return False
         self.sent += len(data)
-        connection.touch()
+        connection.gathered()
         return True
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
