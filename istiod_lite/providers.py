@@ -17,6 +17,7 @@ from mesh.cluster.mesh_config import NAME, ConfigMap, mesh_config_ref
 from mesh.cluster.objects import Metadata
 from mesh.cluster.policies import AuthorizationPolicy
 from mesh.model.l7_policy import ExternalAuthorizer
+from mesh.model.service import service_key
 
 
 class Scope(TypedDict):
@@ -72,17 +73,3 @@ def find(name: str, config: ConfigMap | None, domain: str) -> ExternalAuthorizer
         said = f"the external authorizer {name}: write namespace/{found.service} as its service"
         return replace(found, problem=said)
     return replace(found, service=key)
-
-
-def service_key(service: str, domain: str) -> str | None:
-    """`namespace/hostname` of what is written so or as a Service's name in DNS; None if the
-    namespace cannot be told.
-    """
-    if "/" in service:
-        return service
-    parts = service.split(".")
-    if parts[2:] in ([], ["svc"]) and len(parts) > 1:
-        parts = [*parts[:2], "svc", *domain.split(".")]
-    if len(parts) < 4 or parts[2:] != ["svc", *domain.split(".")]:
-        return None
-    return f"{parts[1]}/{'.'.join(parts)}"

@@ -84,7 +84,10 @@ async def main(config: WaypointConfig, shutdown: Shutdown) -> None:
     )
     keys = key_reader(config.redaction_keys)
     stores = Stores(config.rate_limit_credentials, registry)
-    assembly = Assembly(_now, random.Random(), read_key=keys, stores=stores)  # noqa: S311 - draws faults, guards nothing
+    rng = random.Random()  # noqa: S311 - draws faults, guards nothing
+    assembly = Assembly(
+        _now, rng, read_key=keys, stores=stores, domain=config.cluster_domain
+    )  # fmt: skip
     store = TrafficStore(config.gateway, assembly.make_filters, assembly.make_route_filter)
     with Reactor(_report_bug) as reactor:
         async with trio.open_nursery() as nursery:

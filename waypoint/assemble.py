@@ -31,9 +31,9 @@ from waypoint.filters.custom import CustomFilters
 from waypoint.filters.ext_authz import ExternalAuthorization
 from waypoint.filters.fault import FaultFilter, Random
 from waypoint.filters.jwt import Jwt, KeySource
-from waypoint.filters.rate_limit.filter import RateLimits
+from waypoint.filters.rate_limit.filter import MakeBuckets, RateLimits
 from waypoint.filters.rate_limit.local import Buckets
-from waypoint.filters.rate_limit.shared import SharedRateLimits
+from waypoint.filters.rate_limit.shared import SharedLimits, SharedRateLimits
 from waypoint.filters.rate_limit.stores import Stores
 from waypoint.filters.redact.filter import ReadKey, RedactionFilter
 from waypoint.filters.redact.keys import key_reader
@@ -46,7 +46,7 @@ DEFAULT_KEYS: Final = Path("/var/run/secrets/ambit/redaction")
 
 class Assembly:
     """Makes filters. `clock` gives seconds since the epoch, `fetch` what an issuer publishes,
-    `read_key` the key that a redaction names.
+    `read_key` the key that a redaction names. `domain` is the cluster's, in DNS.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class Assembly:
         custom: CustomFilters | None = None,
         read_key: ReadKey | None = None,
         stores: Stores | None = None,
+        domain: str = "cluster.local",
     ) -> None:
+        self._domain = domain
         self._read_key = read_key or key_reader(DEFAULT_KEYS)
         self._stores = stores if stores is not None else Stores()
         self._clock = clock
@@ -86,7 +88,7 @@ class Assembly:
             if local:
                 found.append(RateLimits(local, self._buckets_in(config.key)))
             found += [
-                SharedRateLimits(each, self._stores, self._buckets_in(config.key))
+                self._make_shared(each, self._buckets_in(config.key))
                 for each in config.rate_limits
                 if each.shared.kind != "Local"
             ]
@@ -94,6 +96,14 @@ class Assembly:
         if redactions:
             found.append(RedactionFilter(redactions, self._read_key))
         return tuple(found)
+
+    def _make_shared(self, policy: RateLimitPolicy, buckets: MakeBuckets) -> SharedLimits:
+        if policy.shared.kind == "RateLimitService":
+            # Its messages cost memory that only who asks should pay.
+            from waypoint.filters.rate_limit.service import ServiceRateLimits
+
+            return ServiceRateLimits(policy, self._ask, self._domain, self._stores, buckets)
+        return SharedRateLimits(policy, self._stores, buckets)
 
     def make_route_filter(self, entry: RouteFilter) -> Filter | None:
         """A filter of a route's rule that the plan does not carry out; None: nobody does."""
@@ -108,7 +118,7 @@ class Assembly:
     def _keys_of(self, rule: JwtRule) -> KeySource:
         return _kept(self._keys, rule, lambda: self._source(rule))
 
-    def _buckets_in(self, scope: str) -> Callable[[RateLimitPolicy, RateLimitRule], Buckets]:
+    def _buckets_in(self, scope: str) -> MakeBuckets:
         def buckets(policy: RateLimitPolicy, rule: RateLimitRule) -> Buckets:
             key = (scope, f"{policy.namespace}/{policy.name}", rule)
             return _kept(self._buckets, key, Buckets)

@@ -18,7 +18,7 @@ from waypoint.filters.fault import FaultFilter
 from waypoint.filters.jwt import Jwt
 from waypoint.filters.rate_limit.filter import RateLimits
 from waypoint.filters.rate_limit.gcra import NEVER
-from waypoint.filters.rate_limit.shared import SharedRateLimits
+from waypoint.filters.rate_limit.shared import SharedLimits
 from waypoint.filters.redact.filter import RedactionFilter
 
 Step = dict[str, Any]
@@ -37,7 +37,7 @@ def explain_filter(each: Filter, request: Request) -> tuple[Step, Respond | None
             return _limits(each, request)
         case Authorize() | Jwt() | CorsFilter() | RedactionFilter():
             verdict = each.on_request(request)
-        case SharedRateLimits():
+        case SharedLimits():
             return _step(
                 each, "not asked", reason=f"{each.where} counts, and nothing is taken"
             ), None

@@ -32,6 +32,7 @@ NAMED_KEYS = ("Header", "Claim")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")
 _PROTO_FIELD = re.compile(r"(?:[A-Za-z_]\w{0,127}\.){1,32}[A-Za-z_]\w{0,127}")
 _FILE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})")
+_SERVICE = re.compile(r"(?:[a-z0-9-]+/)?[a-z0-9-]+(?:\.[a-z0-9-]+)+:[0-9]{1,5}")
 _ADDRESS = re.compile(r"(?:rediss?://)?[A-Za-z0-9.:@_\[\]-]+(?:/[0-9]{0,3})?")
 
 
@@ -167,7 +168,9 @@ def parse_rate_limit_policy(obj: Object) -> RateLimitPolicy:
     common = read_metadata(obj)
     top = Reader(obj).only("apiVersion", "kind", "metadata", "spec", "status")
     spec = top.get("spec").only("targetRefs", "rules", "shared", "headers")
-    rules = [_limit(each, index) for index, each in enumerate(_bounded(spec.get("rules")))]
+    shared = _shared(spec.get("shared"))
+    listed = _bounded(spec.get("rules"))
+    rules = [_limit(each, index, shared) for index, each in enumerate(listed)]
     if not rules:
         spec.get("rules").fail("missing: without rules nothing is limited")
     _names_once(spec.get("rules"), [each.name for each in rules])
@@ -178,7 +181,7 @@ def parse_rate_limit_policy(obj: Object) -> RateLimitPolicy:
             ref.namespace,
             ref.name,
             rules=tuple(rules),
-            shared=_shared(spec.get("shared")),
+            shared=shared,
             sends_headers=spec.get("headers").boolean(default=True),
         ),
         target_refs=_required_targets(spec),
@@ -192,15 +195,27 @@ def _required_targets(spec: Reader) -> tuple[TargetRef, ...]:
     return refs
 
 
-def _limit(rule: Reader, index: int) -> model.RateLimitRule:
-    rule.only("name", "limit", "when", "key", "overrides", "cost", "costHeader", "shadow")
+def _limit(rule: Reader, index: int, shared: model.SharedLimiter) -> model.RateLimitRule:
+    rule.only("name", "limit", "when", "key", "overrides", "cost", "costHeader", "shadow",
+              "descriptor")  # fmt: skip
+    is_asked = shared.kind == "RateLimitService"
     limit = rule.get("limit").only("requests", "window", "burst")
-    window = read_duration(limit.get("window"))
-    if window is None or window <= 0:
-        limit.get("window").fail("missing" if window is None else "no time at all")
-    keys = tuple(_key(each) for each in _bounded(rule.get("key")))
+    requests, window = 0, 0.0
+    if limit.exists or not is_asked:
+        requests = _amount(limit.get("requests"), 0)
+        window = _window(limit.get("window"), is_asked=is_asked)
+    elif shared.on_failure == "LocalShare":
+        limit.fail("missing: without one, onFailure LocalShare has nothing to share")
+    if is_asked and limit.get("burst").exists:
+        limit.get("burst").fail("cannot be told to a rate-limit service")
+    keys = tuple(_key(each, is_asked=is_asked) for each in _bounded(rule.get("key")))
+    descriptor = _descriptor(rule.get("descriptor"), is_asked=is_asked)
+    if descriptor == () and not keys:
+        rule.get("descriptor").fail("nothing to ask a rate-limit service for, without a key")
     overrides = []
     for each in _bounded(rule.get("overrides"), MAX_ENTRIES):
+        if not window:
+            each.fail("the limit is the rate-limit service's, so it cannot be overridden here")
         each.only("key", "requests")
         values = tuple(value.text() for value in each.get("key").items())
         if len(values) != len(keys):
@@ -209,8 +224,8 @@ def _limit(rule: Reader, index: int) -> model.RateLimitRule:
     header = rule.get("costHeader")
     return model.RateLimitRule(
         name=rule.get("name").text() or str(index),
-        requests=_amount(limit.get("requests"), 0),
-        window_seconds=window or 1.0,
+        requests=requests,
+        window_seconds=window,
         burst=_amount(limit.get("burst"), 0, 0),
         condition=_condition(rule.get("when")),
         keys=keys,
@@ -218,7 +233,29 @@ def _limit(rule: Reader, index: int) -> model.RateLimitRule:
         cost=_amount(rule.get("cost"), 0, 1),
         cost_header=_header(header).lower() if header.text() else "",
         is_shadow=rule.get("shadow").boolean(),
+        descriptor=descriptor,
     )
+
+
+def _window(written: Reader, *, is_asked: bool) -> float:
+    window = read_duration(written)
+    if window is None or window <= 0:
+        written.fail("missing" if window is None else "no time at all")
+    if is_asked and window not in model.UNIT_SECONDS:
+        written.fail("not 1s, 1m, 1h or 24h, by which a rate-limit service counts")
+    return window or 1.0
+
+
+def _descriptor(entries: Reader, *, is_asked: bool) -> tuple[tuple[str, str], ...] | None:
+    if not entries.exists:
+        return None
+    if not is_asked:
+        entries.fail("only a rate-limit service is asked with one")
+    found = []
+    for each in _bounded(entries):
+        each.only("key", "value")
+        found.append((each.get("key").name(), each.get("value").text()))
+    return tuple(found)
 
 
 def _amount(number: Reader, least: int, default: int | None = None) -> int:
@@ -230,8 +267,11 @@ def _amount(number: Reader, least: int, default: int | None = None) -> int:
     return found
 
 
-def _key(key: Reader) -> model.RateLimitKey:
-    key.only("type", "name")
+def _key(key: Reader, *, is_asked: bool) -> model.RateLimitKey:
+    key.only("type", "name", "descriptorKey")
+    called = key.get("descriptorKey")
+    if called.exists and not is_asked:
+        called.fail("only a rate-limit service is told one")
     kind = key.get("type").choice(_KEYS)
     if kind in NAMED_KEYS:
         named = key.get("name")
@@ -240,7 +280,7 @@ def _key(key: Reader) -> model.RateLimitKey:
         name = ""
         if key.get("name").exists:
             key.get("name").fail(f"{kind} has no name")
-    return model.RateLimitKey(cast("Any", kind or key.get("type").name()), name)
+    return model.RateLimitKey(cast("Any", kind or key.get("type").name()), name, called.text())
 
 
 def _shared(shared: Reader) -> model.SharedLimiter:
@@ -249,8 +289,10 @@ def _shared(shared: Reader) -> model.SharedLimiter:
     address = shared.get("address").text()
     if (kind != "Local") != bool(address):
         shared.get("address").fail("missing" if kind != "Local" else "nothing is shared")
-    if address and not _ADDRESS.fullmatch(address):
-        shared.get("address").fail(f"not an address: {shown(address)}")
+    is_asked = kind == "RateLimitService"
+    if address and not (_SERVICE if is_asked else _ADDRESS).fullmatch(address):
+        wanted = "name.namespace:port of a Service" if is_asked else "an address"
+        shared.get("address").fail(f"not {wanted}: {shown(address)}")
     default = model.SharedLimiter()
     failure = shared.get("onFailure").choice(("Allow", "Deny", "LocalShare"), default.on_failure)
     timeout = read_duration(shared.get("timeout"))

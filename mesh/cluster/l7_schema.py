@@ -48,6 +48,13 @@ def rate_limit_spec() -> Object:
         ],
         type=_choice("What it is.", model.RateLimitKey, "kind"),
         name=_text("Of the header or claim."),
+        descriptorKey=_text("What a rate-limit service calls it; its name or type if left out."),
+    )
+    entry = _object(
+        "What a rate-limit service is always told.",
+        required=("key", "value"),
+        key=_text("Its key."),
+        value=_text("Its value.", empty=True),
     )
     override = _object(
         "Another limit for one key.",
@@ -57,7 +64,6 @@ def rate_limit_spec() -> Object:
     )
     rule = _object(
         "One limit.",
-        required=("limit",),
         rules=[
             (
                 "!has(self.overrides) || self.overrides.all(o, "
@@ -73,6 +79,11 @@ def rate_limit_spec() -> Object:
         cost=_number("What one request counts.", 0),
         costHeader=_text("Header of the request that says what it counts.", empty=True),
         shadow={"type": "boolean", "description": "Count and tell, but throttle nobody."},
+        descriptor=_list_of(
+            entry,
+            "Told a rate-limit service before the key; generic_key, the name, if left out.",
+            16,
+        ),
     )
     shared = _object(
         "Where buckets are kept.",
@@ -84,7 +95,9 @@ def rate_limit_spec() -> Object:
             )
         ],
         type=_choice("Which store.", model.SharedLimiter, "kind"),
-        address=_text("redis://host:port/db, or host:port of a rate-limit service.", empty=True),
+        address=_text(
+            "redis://host:port/db, or name.namespace:port of a rate-limit service.", empty=True
+        ),
         domain=_text("The domain that a rate-limit service is asked in.", empty=True),
         timeout=_text("How long it is waited for.", pattern=_DURATION),
         onFailure=_choice("While it does not answer.", model.SharedLimiter, "on_failure"),
@@ -93,6 +106,13 @@ def rate_limit_spec() -> Object:
     return _spec(
         "How many requests may come.",
         rule,
+        rules=[
+            (
+                "(has(self.shared) && has(self.shared.type) && "
+                "self.shared.type == 'RateLimitService') || self.rules.all(r, has(r.limit))",
+                "only a rate-limit service has limits of its own",
+            )
+        ],
         shared=shared,
         headers={"type": "boolean", "description": "Whether responses say what is left."},
     )

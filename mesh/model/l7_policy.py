@@ -11,7 +11,7 @@ String lists of an authorization keep the syntax of `security.istio.io/v1`: exac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from mesh.model.route import DEFAULT_BACKEND, BackendSettings, Route
 
@@ -162,10 +162,13 @@ class RequestCondition:
 
 @dataclass(frozen=True, slots=True)
 class RateLimitKey:
-    """A part of the bucket's key. `name` is the header's or claim's."""
+    """A part of the bucket's key. `name` is the header's or claim's; `descriptor_key` what a
+    rate-limit service calls it, empty for the name or the kind in lower case.
+    """
 
     kind: Literal["Identity", "Namespace", "SourceIP", "Header", "Path", "Method", "Claim", "Host"]
     name: str = ""
+    descriptor_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +179,17 @@ class RateLimitOverride:
     requests: int
 
 
+UNIT_SECONDS: Final = (1.0, 60.0, 3600.0, 86400.0)
+"""The windows that a rate-limit service can be told: second, minute, hour and day."""
+
+
 @dataclass(frozen=True, slots=True)
 class RateLimitRule:
     """`requests` in `window_seconds` for each key, `burst` at once (0: as many as `requests`).
     Each request costs `cost`, or what the header `cost_header` of the request says.
+
+    A window of 0 leaves the limit to a rate-limit service. That is asked with `descriptor`, fixed
+    keys and values, before those of `keys`; None: its `generic_key` is the rule's name.
     """
 
     name: str
@@ -192,12 +202,14 @@ class RateLimitRule:
     cost: int = 1
     cost_header: str = ""
     is_shadow: bool = False
+    descriptor: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SharedLimiter:
-    """Where buckets are shared. `redis` is `redis://host:port/db`, `rls` a rate-limit service's
-    `host:port`. `LocalShare` divides the limit by `replicas` while the store does not answer.
+    """Where buckets are shared. `address` is `redis://host:port/db`, or `host:port` (perhaps with
+    `namespace/` before it) of a rate-limit service in the mesh. `LocalShare` divides the limit by
+    `replicas` while the store does not answer.
     """
 
     kind: Literal["Local", "Redis", "RateLimitService"] = "Local"

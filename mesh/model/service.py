@@ -112,3 +112,17 @@ class Service:
     def key(self) -> NamespacedHostname:
         """`namespace/hostname`."""
         return NamespacedHostname(self.namespace, self.hostname)
+
+
+def service_key(service: str, domain: str) -> str | None:
+    """`namespace/hostname` of what is written so or as a Service's name in DNS; None if the
+    namespace cannot be told.
+    """
+    if "/" in service:
+        return service
+    parts = service.split(".")
+    if parts[2:] in ([], ["svc"]) and len(parts) > 1:
+        parts = [*parts[:2], "svc", *domain.split(".")]
+    if len(parts) < 4 or parts[2:] != ["svc", *domain.split(".")]:
+        return None
+    return f"{parts[1]}/{'.'.join(parts)}"

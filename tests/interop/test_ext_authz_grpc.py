@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import trio
 
 from mesh.model.l7_policy import ExternalAuthorizer, L7Authorization, L7Operation, L7Rule
 from mesh.proto.ext_authz_pb2 import CheckResponse
-from tests.support.envoy import free_port, running_envoy
+from tests.support.envoy import asking_config, free_port, running_envoy
 from tests.support.grpc_servers import AUTHORIZATION, GrpcServer, grpc_server
 from tests.support.waypoints import (
     NODE_IP,
@@ -233,66 +232,13 @@ async def test_a_dead_authorizer_is_left_alone_and_found_again() -> None:
 
 def envoy_config(listen: int, judge: int, web: int) -> str:
     """Envoy's own ext_authz filter, before the same application."""
-    kind = "type.googleapis.com/envoy.extensions"
-
-    def cluster(name: str, port: int) -> dict[str, Any]:
-        address = {"socket_address": {"address": NODE_IP, "port_value": port}}
-        endpoints = [{"lb_endpoints": [{"endpoint": {"address": address}}]}]
-        return {
-            "name": name,
-            "load_assignment": {"cluster_name": name, "endpoints": endpoints},
-            "typed_extension_protocol_options": {
-                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                    "@type": f"{kind}.upstreams.http.v3.HttpProtocolOptions",
-                    "explicit_http_config": {
-                        "http2_protocol_options" if name == "judge" else "http_protocol_options": {}
-                    },
-                }
-            },
-        }
-
     ext_authz = {
-        "@type": f"{kind}.filters.http.ext_authz.v3.ExtAuthz",
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
         "transport_api_version": "V3",
-        "grpc_service": {"envoy_grpc": {"cluster_name": "judge"}, "timeout": "20s"},
+        "grpc_service": {"envoy_grpc": {"cluster_name": "asked"}, "timeout": "20s"},
         "with_request_body": {"max_request_bytes": 8, "allow_partial_message": True},
     }
-    manager = {
-        "@type": f"{kind}.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "in",
-        "route_config": {
-            "virtual_hosts": [
-                {
-                    "name": "all",
-                    "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "web"}}],
-                }
-            ]
-        },
-        "http_filters": [
-            {"name": "envoy.filters.http.ext_authz", "typed_config": ext_authz},
-            {
-                "name": "envoy.filters.http.router",
-                "typed_config": {"@type": f"{kind}.filters.http.router.v3.Router"},
-            },
-        ],
-    }
-    listener = {
-        "name": "in",
-        "address": {"socket_address": {"address": "127.0.0.1", "port_value": listen}},
-        "filter_chains": [
-            {
-                "filters": [
-                    {
-                        "name": "envoy.filters.network.http_connection_manager",
-                        "typed_config": manager,
-                    }
-                ]
-            }
-        ],
-    }
-    clusters = [cluster("judge", judge), cluster("web", web)]
-    return json.dumps({"static_resources": {"listeners": [listener], "clusters": clusters}})
+    return asking_config(listen, "ext_authz", ext_authz, (NODE_IP, judge), (NODE_IP, web))
 
 
 async def test_envoy_asks_the_same_and_does_the_same(tmp_path: Path) -> None:

@@ -246,3 +246,56 @@ async def running_envoy(directory: Path, config: str, port: int) -> AsyncIterato
         process.kill()
         with trio.CancelScope(shield=True):
             await process.wait()
+
+
+def asking_config(
+    listen: int,
+    name: str,
+    http_filter: dict[str, Any],
+    asked: tuple[str, int],
+    web: tuple[str, int],
+    route: dict[str, Any] | None = None,
+) -> str:
+    """Envoy with the HTTP filter `name`, which asks cluster `asked` (gRPC), before `web`."""
+    kind = "type.googleapis.com/envoy.extensions"
+
+    def cluster(called: str, at: tuple[str, int]) -> dict[str, Any]:
+        address = {"socket_address": {"address": at[0], "port_value": at[1]}}
+        endpoints = [{"lb_endpoints": [{"endpoint": {"address": address}}]}]
+        version = "http2_protocol_options" if called == "asked" else "http_protocol_options"
+        return {
+            "name": called,
+            "load_assignment": {"cluster_name": called, "endpoints": endpoints},
+            "typed_extension_protocol_options": {
+                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                    "@type": f"{kind}.upstreams.http.v3.HttpProtocolOptions",
+                    "explicit_http_config": {version: {}},
+                }
+            },
+        }
+
+    routes = [{"match": {"prefix": "/"}, "route": {"cluster": "web", **(route or {})}}]
+    manager = {
+        "@type": f"{kind}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "in",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
+        "http_filters": [
+            {"name": f"envoy.filters.http.{name}", "typed_config": http_filter},
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{kind}.filters.http.router.v3.Router"},
+            },
+        ],
+    }
+    chain = {
+        "filters": [
+            {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+        ]
+    }
+    listener = {
+        "name": "in",
+        "address": {"socket_address": {"address": "127.0.0.1", "port_value": listen}},
+        "filter_chains": [chain],
+    }
+    clusters = [cluster("asked", asked), cluster("web", web)]
+    return json.dumps({"static_resources": {"listeners": [listener], "clusters": clusters}})

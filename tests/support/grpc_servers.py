@@ -11,9 +11,15 @@ from typing import Any
 import grpc
 
 from mesh.model.workload import TunnelProtocol, Workload
-from mesh.proto import ext_authz_pb2
+from mesh.proto import ext_authz_pb2, rate_limit_pb2
 
 AUTHORIZATION = ("envoy.service.auth.v3.Authorization", "Check", ext_authz_pb2.CheckRequest)
+
+RATE_LIMIT = (
+    "envoy.service.ratelimit.v3.RateLimitService",
+    "ShouldRateLimit",
+    rate_limit_pb2.RateLimitRequest,
+)
 
 
 @dataclass

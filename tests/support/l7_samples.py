@@ -64,6 +64,12 @@ ACCEPTED = [
         },
         headers=False,
     ),
+    limit(
+        {"name": "a", "key": [{"type": "Method", "descriptorKey": "verb"}]},
+        {"name": "b", "descriptor": [{"key": "plan", "value": "gold"}]},
+        {"limit": LIMIT},
+        shared={"type": "RateLimitService", "address": "limits.shop:8081", "onFailure": "Deny"},
+    ),
     redaction({"detector": "email"}),
     redaction({"headers": ["X-Card"], "action": {"type": "drop"}}, maxBodyBytes=0),
     redaction({"grpcFields": ["shop.v1.User.email"]}, descriptorFile="shop.pb"),
@@ -95,7 +101,6 @@ ACCEPTED = [
 # Each is refused by the reader; the second half also needs the schema's expressions (CEL).
 REFUSED_BY_SHAPE = [
     limit(),
-    limit({}),
     limit({"limit": {"requests": 1}}),
     limit({"limit": {"window": "1s"}}),
     limit({"limit": {**LIMIT, "window": "soon"}}),
@@ -120,6 +125,7 @@ REFUSED_BY_SHAPE = [
     redaction({"detector": "email", "action": {"type": "mask", "mask": "#" * 65}}),
 ]
 REFUSED_BY_RULES = [
+    limit({}),
     limit({"limit": LIMIT, "key": [{"type": "Header"}]}),
     limit({"limit": LIMIT, "key": [{"type": "Path", "name": "x"}]}),
     limit({"limit": LIMIT, "overrides": [{"key": ["a"], "requests": 1}]}),

@@ -302,3 +302,9 @@ class PassingFilter:
         """Not looked at."""
         del request, response
         return None
+
+
+def add_to_log(request: Request, field: str, text: str) -> None:
+    """Text in a field of the access log; after what is there already."""
+    logged = request.notes.setdefault(LOGGED, {})
+    logged[field] = f"{logged[field]}, {text}" if field in logged else text

@@ -25,7 +25,6 @@ from waypoint.filters import ext_authz_grpc
 from waypoint.filters.authorize import GRPC_PERMISSION_DENIED, compile_policy, is_asked
 from waypoint.filters.chain import (
     FRAMING,
-    LOGGED,
     Answer,
     Headers,
     Pair,
@@ -35,6 +34,7 @@ from waypoint.filters.chain import (
     Response,
     Verdict,
     Wait,
+    add_to_log,
 )
 from waypoint.filters.strings import Matches, any_of
 
@@ -201,11 +201,11 @@ class ExternalAuthorization(PassingFilter):
         upstream = ext_authz_grpc.changes(allowed.headers)
         told = ext_authz_grpc.changes(allowed.response_headers_to_add, by_action=True)
         for name in allowed.headers_to_remove[:MAX_FIELDS]:
-            if _may_say(name.lower().encode()):
+            if may_say(name.lower().encode()):
                 request.headers.remove(name.lower().encode())
-        ext_authz_grpc.apply((each for each in upstream if _may_say(each[1])), request.headers)
+        ext_authz_grpc.apply((each for each in upstream if may_say(each[1])), request.headers)
         if told:
-            kept = [each for each in told if _may_say(each[1])]
+            kept = [each for each in told if may_say(each[1])]
             request.notes.setdefault(_CHANGED, []).extend(kept)
         return None
 
@@ -255,16 +255,16 @@ def take(provider: ExternalAuthorizer, response: Response, request: Request) -> 
         is_taken = _names(provider.upstream_headers_on_allow)
         # `*` is whatever the authorizer says, and no claim to every field of the caller's.
         is_its = _names(tuple(each for each in provider.upstream_headers_on_allow if each != "*"))
-        said = [pair for pair in response.headers.pairs if _may_say(pair[0]) and is_taken(pair[0])]
+        said = [pair for pair in response.headers.pairs if may_say(pair[0]) and is_taken(pair[0])]
         names = {key for key, _ in said}
         for key in {key for key, _ in request.headers.pairs}:
-            if key in names or (is_its(key) and _may_say(key) and key not in _CALLERS):
+            if key in names or (is_its(key) and may_say(key) and key not in _CALLERS):
                 request.headers.remove(key)
         for key, value in said[:MAX_FIELDS]:
             request.headers.add(key, value)
     if provider.downstream_headers_on_allow:
         is_told = _names(provider.downstream_headers_on_allow)
-        told = [pair for pair in response.headers.pairs if _may_say(pair[0]) and is_told(pair[0])]
+        told = [pair for pair in response.headers.pairs if may_say(pair[0]) and is_told(pair[0])]
         request.notes.setdefault(_TOLD, []).extend(told[:MAX_FIELDS])
 
 
@@ -276,7 +276,7 @@ def denied(
     told: list[Pair] = [
         pair
         for pair in response.headers.pairs
-        if _may_say(pair[0]) and (is_named(pair[0]) or pair[0] in _ALWAYS_TOLD)
+        if may_say(pair[0]) and (is_named(pair[0]) or pair[0] in _ALWAYS_TOLD)
     ][:MAX_FIELDS]
     status = response.status if 300 <= response.status < 500 and response.status != 304 else 403
     said = f"the external authorizer {provider.name} denies with {response.status}"
@@ -285,16 +285,15 @@ def denied(
 
 def _note(request: Request, found: _Found, outcome: str) -> None:
     """For the access log: who let it pass."""
-    logged = request.notes.setdefault(LOGGED, {})
-    before = f"{logged['ext_authz']}, " if "ext_authz" in logged else ""
-    logged["ext_authz"] = f"{before}{found.policy} {found.provider.name} {outcome}"
+    add_to_log(request, "ext_authz", f"{found.policy} {found.provider.name} {outcome}")
 
 
 def _names(texts: tuple[str, ...]) -> Matches:
     return any_of(texts, folds_case=True)
 
 
-def _may_say(name: bytes) -> bool:
+def may_say(name: bytes) -> bool:
+    """Whether who is asked may set a field: none that frames a message or names the caller."""
     return name not in _NEVER_TAKEN and name[:1] != b":"
 
 
@@ -302,7 +301,7 @@ def checked(provider: ExternalAuthorizer, said: CheckResponse, policy: str, rule
     """The caller's answer to a denial over gRPC. Raises Unavailable if it cannot be sent."""
     told = said.denied_response
     changed = ext_authz_grpc.changes(told.headers)
-    headers = ext_authz_grpc.pairs_of(each for each in changed if _may_say(each[1]))
+    headers = ext_authz_grpc.pairs_of(each for each in changed if may_say(each[1]))
     code = told.status.code
     status = code if 200 <= code <= 599 and code not in _BODILESS else 403
     reason = f"the external authorizer {provider.name} denies with {status}"

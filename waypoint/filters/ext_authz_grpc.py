@@ -142,17 +142,26 @@ def changes(options: Iterable[pb.HeaderValueOption], *, by_action: bool = False)
     """
     found: list[Change] = []
     for each in options:
-        name = each.header.key.lower().encode()
-        value = (each.header.raw_value or each.header.value.encode()).strip(b" \t")
-        if name[:1] == b":":
+        read = field_of(each.header)
+        if read is None:
             continue
-        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
-            raise Unavailable("its answer has a field that cannot be sent")
+        name, value = read
         how = _ADD if each.append.value else (by_action and each.append_action) or _SET
         found.append((how if how in (_ADD, _ADD_IF_ABSENT, _SET_IF_THERE) else _SET, name, value))
     if len(found) > MAX_FIELDS:
         raise Unavailable(f"its answer has more than {MAX_FIELDS} fields")
     return found
+
+
+def field_of(header: pb.HeaderValue) -> Pair | None:
+    """A field, checked; None: a pseudo-field. Raises Unavailable for one that cannot be sent."""
+    name = header.key.lower().encode()
+    value = (header.raw_value or header.value.encode()).strip(b" \t")
+    if name[:1] == b":":
+        return None
+    if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+        raise Unavailable("its answer has a field that cannot be sent")
+    return name, value
 
 
 def apply(found: Iterable[Change], headers: Headers) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from istiod_lite import l7_policies, providers, snapshot
+from istiod_lite import l7_policies, snapshot
 from istiod_lite.relation import Relation
 from mesh.cluster.api import Ref, ref_of
 from mesh.model.l7_policy import L7Operation, L7Rule, L7Source
+from mesh.model.service import service_key
 from mesh.xds.translate import TRAFFIC_TYPE
 from tests.support.gateways import (
     OURS,
@@ -120,7 +121,7 @@ def test_a_custom_policy_is_told_whom_to_ask(service, key):
 
 @pytest.mark.parametrize("written", ["opa", "opa.auth.svc.other", "opa.auth.pod", "opa.auth.x.y"])
 def test_a_service_is_not_guessed(written):
-    assert providers.service_key(written, "cluster.local") is None
+    assert service_key(written, "cluster.local") is None
 
 
 def test_an_authorizer_whose_namespace_cannot_be_told_denies():

@@ -193,7 +193,8 @@ def compile_policy(key: str, policy: RateLimitPolicy, buckets: MakeBuckets) -> l
 def _compile_rule(
     key: str, policy: RateLimitPolicy, rule: RateLimitRule, buckets: MakeBuckets
 ) -> LimitRule:
-    if not 0 < rule.window_seconds <= _MOST_SECONDS:
+    is_elsewhere = policy.shared.kind == "RateLimitService" and not rule.window_seconds
+    if not (0 < rule.window_seconds <= _MOST_SECONDS or is_elsewhere):
         raise ConfigError("must be more than nothing, and a year at most", field="window")
     if rule.requests < 0 or rule.burst < 0 or rule.cost < 0:
         raise ConfigError("must not be negative", field="requests")

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from mesh.errors import ConfigError, Unavailable
 from mesh.model.l7_policy import RateLimitPolicy
 from waypoint.filters.chain import (
-    LOGGED,
     PassingFilter,
     Request,
     Respond,
     Response,
     Verdict,
     Wait,
+    add_to_log,
 )
 from waypoint.filters.rate_limit.filter import (
     LimitRule,
@@ -38,14 +38,12 @@ _FIELD = "rate_limit.without_store"
 """Of the access log."""
 
 
-class SharedRateLimits(PassingFilter):
-    """The rules of one policy. What cannot be understood refuses what it targets."""
+class SharedLimits(PassingFilter):
+    """The rules of one policy, whoever counts. What is not understood refuses what it targets."""
 
     name = "RateLimitPolicy"
 
-    def __init__(
-        self, policy: RateLimitPolicy, stores: Stores, buckets: MakeBuckets = new_buckets
-    ) -> None:
+    def __init__(self, policy: RateLimitPolicy, stores: Stores, buckets: MakeBuckets) -> None:
         """`buckets` gives those of a rule for `LocalShare`."""
         self._policy = policy
         self._key = f"{policy.namespace}/{policy.name}"
@@ -54,50 +52,26 @@ class SharedRateLimits(PassingFilter):
         self._rules: list[LimitRule] = []
         try:
             self._rules = compile_policy(self._key, policy, buckets)
-            if policy.shared.kind != "Redis":
-                raise ConfigError(f"limits shared through {policy.shared.kind} are not kept here")
-            self._store = stores.redis(policy.shared.address)
+            self._open()
         except ConfigError as error:
             self._broken = Respond(
                 500, flag="NC", policy=self._key, reason=f"it cannot be kept: {error}"
             )
+
+    def _open(self) -> None:
+        """Find who counts. Raises ConfigError."""
+        raise ConfigError(f"limits shared through {self._policy.shared.kind} are not kept here")
 
     @property
     def where(self) -> str:
         """Who keeps the buckets."""
         return f"{self._policy.shared.kind} at {self._policy.shared.address}"
 
-    def on_request(self, request: Request) -> Verdict:
-        """Ask the store, or say at once what holds without it."""
-        if self._broken is not None:
-            return self._broken
-        rules = [each for each in self._rules if each.concerns(request)]
-        if not rules:
-            return None
-        if not self._store.is_answering:
-            self._stores.failed(self._store, "not connected")
-            return self._alone(request, rules)
-        return Wait(functools.partial(self._ask, request, rules))
-
-    async def _ask(self, request: Request, rules: Sequence[LimitRule]) -> Respond | None:
-        asked: list[tuple[str, Key, Rate, int]] = []
-        for each in rules:
-            key = each.key_of(request)
-            asked.append((each.rule.name, key, each.rate_of(key), each.cost_of(request)))
-        try:
-            verdicts = await self._store.hit(self._key, asked, self._policy.shared.timeout_seconds)
-        except Unavailable as exc:
-            self._stores.failed(self._store, str(exc))
-            return self._alone(request, rules)
-        self._stores.answered(self._store)
-        hits = zip(rules, (rate for _, _, rate, _ in asked), verdicts, strict=True)
-        return sum_up(request, hits)
-
-    def _alone(self, request: Request, rules: Sequence[LimitRule]) -> Respond | None:
+    def _alone(self, request: Request, rules: Sequence[LimitRule], why: str) -> Respond | None:
+        """What holds while nobody answers."""
         shared = self._policy.shared
-        logged = request.notes.setdefault(LOGGED, {})
-        before = f"{logged[_FIELD]}, " if _FIELD in logged else ""
-        logged[_FIELD] = f"{before}{self._key} {shared.on_failure}"
+        self._stores.failed(shared.address, why)
+        add_to_log(request, _FIELD, f"{self._key} {shared.on_failure}")
         match shared.on_failure:
             case "Allow":
                 return None
@@ -119,3 +93,42 @@ class SharedRateLimits(PassingFilter):
         """As local limits do."""
         add_headers(request, response)
         return None
+
+
+class SharedRateLimits(SharedLimits):
+    """Kept in a Redis."""
+
+    def __init__(
+        self, policy: RateLimitPolicy, stores: Stores, buckets: MakeBuckets = new_buckets
+    ) -> None:
+        """`buckets` gives those of a rule for `LocalShare`."""
+        super().__init__(policy, stores, buckets)
+
+    def _open(self) -> None:
+        if self._policy.shared.kind != "Redis":
+            super()._open()
+        self._store = self._stores.redis(self._policy.shared.address)
+
+    def on_request(self, request: Request) -> Verdict:
+        """Ask the store, or say at once what holds without it."""
+        if self._broken is not None:
+            return self._broken
+        rules = [each for each in self._rules if each.concerns(request)]
+        if not rules:
+            return None
+        if not self._store.is_answering:
+            return self._alone(request, rules, "not connected")
+        return Wait(functools.partial(self._ask, request, rules))
+
+    async def _ask(self, request: Request, rules: Sequence[LimitRule]) -> Respond | None:
+        asked: list[tuple[str, Key, Rate, int]] = []
+        for each in rules:
+            key = each.key_of(request)
+            asked.append((each.rule.name, key, each.rate_of(key), each.cost_of(request)))
+        try:
+            verdicts = await self._store.hit(self._key, asked, self._policy.shared.timeout_seconds)
+        except Unavailable as exc:
+            return self._alone(request, rules, str(exc))
+        self._stores.answered(self._policy.shared.address)
+        hits = zip(rules, (rate for _, _, rate, _ in asked), verdicts, strict=True)
+        return sum_up(request, hits)

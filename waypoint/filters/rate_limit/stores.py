@@ -93,16 +93,16 @@ class Stores:
             async for store in self._receive:
                 nursery.start_soon(store.run)
 
-    def answered(self, store: Store) -> None:
-        """A request was judged by it."""
-        self._count(store.address, "answered")
-        if store.address in self._silent:
-            self._silent.discard(store.address)
-            _log.info("store_answers_again", store=store.address)
+    def answered(self, address: str) -> None:
+        """A request was judged by that store."""
+        self._count(address, "answered")
+        if address in self._silent:
+            self._silent.discard(address)
+            _log.info("store_answers_again", store=address)
 
-    def failed(self, store: Store, why: str) -> None:
+    def failed(self, address: str, why: str) -> None:
         """A request was judged without it; told once, not for each."""
-        self._count(store.address, "failed")
-        if store.address not in self._silent:
-            self._silent.add(store.address)
-            _log.warning("store_does_not_answer", store=store.address, error=why)
+        self._count(address, "failed")
+        if address not in self._silent:
+            self._silent.add(address)
+            _log.warning("store_does_not_answer", store=address, error=why)

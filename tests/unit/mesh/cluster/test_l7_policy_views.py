@@ -50,6 +50,50 @@ def test_a_limit_with_its_defaults():
     assert limit().shared == SharedLimiter()
 
 
+ASKED = {"type": "RateLimitService", "address": "limits.shop:8081"}
+
+
+def test_a_limit_that_a_service_counts():
+    (told,) = limit(rules=[{"limit": LIMIT}], shared=ASKED).rules
+    assert (told.window_seconds, told.descriptor) == (60.0, None)
+    rule = {
+        "descriptor": [{"key": "plan", "value": "gold"}],
+        "key": [{"type": "Method", "descriptorKey": "verb"}],
+    }
+    (told,) = limit(rules=[rule], shared={**ASKED, "onFailure": "Deny"}).rules
+    assert (told.window_seconds, told.descriptor) == (0.0, (("plan", "gold"),))
+    assert told.keys == (RateLimitKey("Method", "", "verb"),)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shared", "field"),
+    [
+        ({}, ASKED, "rules[0].limit"),
+        ({"limit": {"requests": 1, "window": "2s"}}, ASKED, "rules[0].limit.window"),
+        ({"limit": {**LIMIT, "burst": 2}}, ASKED, "rules[0].limit.burst"),
+        ({"limit": LIMIT, "descriptor": []}, ASKED, "rules[0].descriptor"),
+        ({"limit": LIMIT, "descriptor": [{"key": "a"}]}, {}, "rules[0].descriptor"),
+        ({"limit": LIMIT, "descriptor": [{"value": "a"}]}, ASKED, "rules[0].descriptor[0].key"),
+        (
+            {"limit": LIMIT, "key": [{"type": "Path", "descriptorKey": "p"}]},
+            {},
+            "rules[0].key[0].descriptorKey",
+        ),
+        (
+            {"overrides": [{"key": [], "requests": 1}]},
+            {**ASKED, "onFailure": "Deny"},
+            "rules[0].overrides[0]",
+        ),
+        ({"limit": LIMIT}, {**ASKED, "address": "limits:8081"}, "shared.address"),
+        ({"limit": LIMIT}, {**ASKED, "address": "limits.shop"}, "shared.address"),
+    ],
+)
+def test_what_a_service_cannot_be_asked(rule, shared, field):
+    with pytest.raises(ConfigError) as caught:
+        limit(rules=[rule], shared=shared)
+    assert caught.value.field == f"spec.{field}"
+
+
 def test_a_limit_in_full():
     rule = {
         "name": "per-user",
