@@ -147,13 +147,22 @@ def _port(port: Reader) -> EntryPort:
     )
 
 
+def _is_nowhere(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Loopback would be whichever proxy dials it, whose own ports trust who is there."""
+    inner = (ip.ipv4_mapped if ip.version == 6 else None) or ip
+    return inner.is_loopback or inner.is_unspecified or inner.is_multicast
+
+
 def _endpoint(endpoint: Reader) -> Endpoint:
     address = endpoint.get("address")
     text = address.text()
     is_name = False
     if text:
         try:
-            text = str(ipaddress.ip_address(text))
+            ip = ipaddress.ip_address(text)
+            text = str(ip)
+            if _is_nowhere(ip):
+                address.fail(f"{text} is no address of another host")
         except ValueError:
             is_name = True
             if not _HOST.fullmatch(text.lower()):

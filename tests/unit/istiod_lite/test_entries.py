@@ -116,7 +116,14 @@ def test_service_entries_that_are_refused(spec):
         parse_service_entry(service_entry(**spec))
 
 
-@pytest.mark.parametrize("spec", [{"address": ""}, {"ports": {"a": 0}}, {"weight": -1}])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"address": ""}, {"ports": {"a": 0}}, {"weight": -1}, {"address": "127.0.0.2"},
+        {"address": "::1"}, {"address": "::ffff:127.0.0.1"}, {"address": "0.0.0.0"},
+        {"address": "ff02::1"},
+    ],
+)  # fmt: skip
 def test_workload_entries_that_are_refused(spec):
     with pytest.raises(ConfigError):
         parse_workload_entry(workload_entry(**spec))
