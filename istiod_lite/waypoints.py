@@ -36,6 +36,11 @@ GRACE_SECONDS = 30
 _TOKEN_SECONDS = 43200
 _TOKEN_PATH = "/var/run/secrets/tokens"  # noqa: S105
 _ROOT_PATH = "/var/run/secrets/istio"
+_SECRETS = {
+    "ambit-rate-limit": "/var/run/secrets/ambit/rate-limit",
+    "ambit-redaction": "/var/run/secrets/ambit/redaction",
+}
+"""Secrets of the Gateway's namespace that a waypoint reads where they are, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,7 @@ def _deployment(gateway: Gateway, metadata: dict[str, Any], settings: WaypointSe
                     "serviceAccountName": gateway.name,
                     "terminationGracePeriodSeconds": GRACE_SECONDS,
                     "containers": [_container(gateway, settings)],
-                    "volumes": [_token_volume(), _root_volume()],
+                    "volumes": [_token_volume(), _root_volume(), *map(_secret_volume, _SECRETS)],
                 },
             },
         },
@@ -263,6 +268,10 @@ def _container(gateway: Gateway, settings: WaypointSettings) -> dict[str, Any]:
         "volumeMounts": [
             {"name": "istio-token", "mountPath": _TOKEN_PATH, "readOnly": True},
             {"name": "istiod-ca-cert", "mountPath": _ROOT_PATH, "readOnly": True},
+            *(
+                {"name": name, "mountPath": path, "readOnly": True}
+                for name, path in _SECRETS.items()
+            ),
         ],
     }
 
@@ -274,6 +283,11 @@ def _field(name: str, path: str) -> dict[str, Any]:
 def _token_volume() -> dict[str, Any]:
     token = {"audience": "istio-ca", "expirationSeconds": _TOKEN_SECONDS, "path": "istio-token"}
     return {"name": "istio-token", "projected": {"sources": [{"serviceAccountToken": token}]}}
+
+
+def _secret_volume(name: str) -> dict[str, Any]:
+    # What policies need of secrets: who has no such policy has no such Secret.
+    return {"name": name, "secret": {"secretName": name, "optional": True}}
 
 
 def _root_volume() -> dict[str, Any]:

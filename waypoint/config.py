@@ -109,8 +109,9 @@ class WaypointConfig(TracingSettings):
     )
     rate_limit_credentials: str = setting(
         env="RATE_LIMIT_CREDENTIALS",
-        default="",
-        doc="File with `password` or `user:password` for the Redis that limits are shared in.",
+        default="/var/run/secrets/ambit/rate-limit/credentials",
+        doc="File with `password` or `user:password` for the Redis that limits are shared in, "
+        "if it wants them.",
     )
     redaction_keys: Path = setting(
         env="REDACTION_KEYS",

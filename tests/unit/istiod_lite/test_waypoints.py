@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from mesh.cluster.api import Ref, merge_patch, ref_of
 from mesh.cluster.gateways import parse_gateway
 from mesh.cluster.validate import Severity, check
 from tests.support.gateways import gateway
+from waypoint.config import WaypointConfig
 
 SETTINGS = WaypointSettings(command="python3 -m waypoint --x 'a b'")
 WP = parse_gateway(gateway())
@@ -122,3 +124,16 @@ def test_a_difference_is_the_least_that_has_to_change():
     assert difference(have, {"a": {"c": [1]}}) == {"a": {"c": [1]}}
     assert difference(have, {"n": {"m": 1}}) == {"n": {"m": 1}}
     assert difference({"a": 1}, {"a": True}) == {"a": True}
+
+
+def test_secrets_are_mounted_where_a_waypoint_looks_and_need_not_be_there():
+    spec = desired(WP, SETTINGS)[2]["spec"]["template"]["spec"]
+    mounts = {each["name"]: each["mountPath"] for each in spec["containers"][0]["volumeMounts"]}
+    config = WaypointConfig()
+    assert mounts["ambit-redaction"] == str(config.redaction_keys)
+    assert mounts["ambit-rate-limit"] == str(Path(config.rate_limit_credentials).parent)
+    secrets = [each["secret"] for each in spec["volumes"] if "secret" in each]
+    assert secrets == [
+        {"secretName": "ambit-rate-limit", "optional": True},
+        {"secretName": "ambit-redaction", "optional": True},
+    ]

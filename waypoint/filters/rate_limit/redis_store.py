@@ -10,18 +10,19 @@ waypoint that shares limits imports it (`waypoint.filters.rate_limit.stores`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
 import trio
 from coredis import Redis
-from coredis.exceptions import RedisError
+from coredis.exceptions import AuthenticationError, RedisError
 from coredis.retry import NoRetryPolicy
 
 from mesh.errors import ConfigError, Unavailable
@@ -62,8 +63,11 @@ Asked = tuple[str, Key, Rate, int]
 class RedisStore:
     """One Redis, as `redis://` or `rediss://` (TLS, the system's roots) names it."""
 
-    def __init__(self, address: str, credentials: str = "") -> None:
-        """`credentials` are `password` or `user:password`. Raises ConfigError."""
+    def __init__(self, address: str, credentials: Callable[[], str] = str) -> None:
+        """`credentials` gives `password` or `user:password`, again when Redis has refused them.
+
+        Raises ConfigError.
+        """
         url = urlsplit(address if "://" in address else f"redis://{address}")
         try:
             port = url.port or 6379
@@ -73,15 +77,15 @@ class RedisStore:
             raise ConfigError(f"{address!r} is no address of a Redis")
         if url.username or url.password:
             raise ConfigError("credentials are no part of a policy", hint="RATE_LIMIT_CREDENTIALS")
-        user, _, password = credentials.rpartition(":")
         self.address = address
+        self._credentials = credentials
+        self._login = credentials()
+        self._refused = trio.Event()
         self._open = functools.partial(
             Redis,
             url.hostname,
             port,
             int(url.path.strip("/") or 0),
-            username=user or None,
-            password=password or None,
             ssl_context=ssl.create_default_context() if url.scheme == "rediss" else None,
             connect_timeout=CONNECT_SECONDS,
             stream_timeout=CONNECT_SECONDS,
@@ -100,15 +104,19 @@ class RedisStore:
     async def run(self) -> None:
         """Keep connections, for ever. If cancelled: they are closed."""
         while True:
+            self._refused = trio.Event()
+            user, _, password = self._login.rpartition(":")
             try:
-                async with self._open() as client:
+                async with self._open(username=user or None, password=password or None) as client:
                     self._client = client
-                    await trio.sleep_forever()
+                    await self._refused.wait()
             except* (RedisError, OSError, anyio.BrokenResourceError, anyio.EndOfStream):
                 pass  # who asked has been told
             finally:
                 self._client = None
             await trio.sleep(FIRST_PAUSE_SECONDS)
+            with contextlib.suppress(ConfigError):  # those before may still be right
+                self._login = self._credentials()
 
     async def hit(self, scope: str, asked: Sequence[Asked], seconds: float) -> list[Verdict]:
         """Take from the buckets of `scope`, within `seconds`. Raises Unavailable.
@@ -127,6 +135,9 @@ class RedisStore:
                 said = await self._ask(client, scope, counted) if counted else []
         except trio.TooSlowError as exc:
             raise self._failed(f"no answer within {seconds * 1000:g} ms") from exc
+        except AuthenticationError as exc:
+            self._refused.set()
+            raise self._failed(str(exc)) from exc
         except (RedisError, OSError, anyio.BrokenResourceError, anyio.EndOfStream) as exc:
             raise self._failed(str(exc) or type(exc).__name__) from exc
         self._pause = self._silent_until = 0.0

@@ -49,7 +49,7 @@ class Stores:
     """By address. `run` has to run for them to answer."""
 
     def __init__(self, credentials: str = "", registry: CollectorRegistry | None = None) -> None:
-        """`credentials` is the file with `password` or `user:password`, or empty."""
+        """`credentials` is the file with `password` or `user:password`; there need not be one."""
         self._credentials = credentials
         self._known: dict[str, Store] = {}
         self._send, self._receive = trio.open_memory_channel[Store](MAX_STORES)
@@ -74,7 +74,7 @@ class Stores:
                 raise ConfigError(f"more than {MAX_STORES} stores")
             from waypoint.filters.rate_limit.redis_store import RedisStore  # 23 MiB: only now
 
-            found = self._known[address] = RedisStore(address, self._read_credentials())
+            found = self._known[address] = RedisStore(address, self._read_credentials)
             self._send.send_nowait(found)
         return found
 
@@ -84,6 +84,8 @@ class Stores:
         try:
             with Path(self._credentials).open("rb") as file:
                 return file.read(MAX_CREDENTIALS_BYTES).decode().strip()
+        except FileNotFoundError:
+            return ""  # a Redis that wants some says so
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"credentials cannot be read: {exc}") from exc
 
